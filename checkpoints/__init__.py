@@ -1,0 +1,1 @@
+"""Released checkpoints, one folder each; the package holds data only."""

@@ -1,0 +1,88 @@
+"""compand: learned codecs for images and audio.
+
+```python
+import compand
+
+data = compand.encode("photo.png", quality=4)   # the bytes of a .cpd file
+picture = compand.decode(data)                  # compand.Picture: pixels, alpha, icc; .save("out.png")
+codec = compand.load("hyperprior")              # a torch module, ready to code
+y_hat = codec.latents(data)                     # dequantised latents, without synthesis
+compand.available()                             # the checkpoints that ship with this version
+```
+
+Nothing heavy is imported until it is used.
+"""
+
+from __future__ import annotations
+
+if __name__ != "compand":
+    raise ImportError("install with pip install -e . and keep the repository root off PYTHONPATH")
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from compand.errors import BitstreamError, CheckpointError, CompandError, MediaError, UsageError
+
+if TYPE_CHECKING:
+    from compand.checkpoint import CheckpointInfo as CheckpointInfo
+    from compand.checkpoint import available as available
+    from compand.checkpoint import load as load
+    from compand.codec import Codec as Codec
+    from compand.pictures import Picture as Picture
+    from compand.registry import register as register
+
+_LAZY = {
+    "CheckpointInfo": "compand.checkpoint",
+    "available": "compand.checkpoint",
+    "load": "compand.checkpoint",
+    "Codec": "compand.codec",
+    "Picture": "compand.pictures",
+    "register": "compand.registry",
+}
+
+__all__ = [
+    "BitstreamError",
+    "CheckpointError",
+    "CheckpointInfo",
+    "Codec",
+    "CompandError",
+    "MediaError",
+    "Picture",
+    "UsageError",
+    "available",
+    "decode",
+    "encode",
+    "load",
+    "register",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module compand has no attribute {name}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def encode(source: Any, codec: str = "hyperprior", *, device: str = "auto", **options: Any) -> bytes:
+    """Encodes a picture with a checkpoint; see `ImageCodec.encode` for `source` and the options (quality, bpp, psnr).
+
+    The codec is loaded anew at each call; keep the result of `compand.load` to code many pictures.
+    """
+    from compand.checkpoint import load
+
+    return load(codec, device=device).encode(source, **options)
+
+
+def decode(data: bytes, *, device: str = "auto", partial: bool = False) -> Picture:
+    """Decodes the bytes of a .cpd file with the checkpoint that it names.
+
+    Raises:
+        BitstreamError: the file is damaged; with `partial`, only if nothing of it can be decoded.
+        CheckpointError: the file needs a checkpoint that is not installed.
+    """
+    from compand.checkpoint import for_header, load
+    from compand.coding.container import read_header
+
+    name = for_header(read_header(data)).name
+    picture: Picture = load(name, device=device).decode(data, partial=partial)
+    return picture

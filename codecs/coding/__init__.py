@@ -1,0 +1,1 @@
+"""Bits: the entropy coder, its integer tables and the container."""

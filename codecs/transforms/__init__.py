@@ -1,0 +1,1 @@
+"""Transforms between samples and latents, one file a family."""

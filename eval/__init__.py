@@ -1,0 +1,1 @@
+"""Evaluation: rate-distortion, baselines, benchmarks and reports."""

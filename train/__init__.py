@@ -1,0 +1,1 @@
+"""Training: Lightning modules, data modules, the training command line and the export to checkpoints."""
