@@ -1,0 +1,335 @@
+"""Entropy coder: integers and the tables they are coded with <-> bytes.
+
+The stream is asymmetric numeral systems (Duda, arXiv:1311.2540) as in constriction's `AnsCoder`: 32-bit
+words, 64-bit state, 24-bit probabilities. In the order in which a reader meets them:
+
+    for each push, for each block of 65,536 symbols (the last may be shorter):
+        for each table that occurs in the block, in ascending order:
+            its symbols, in order of position
+        for the values of the block that lie outside their table (escapes), in order of position:
+            length of the code, in 6 equally probable bits    (code: see `tables.escape_codes`)
+            bits 0-15 of the code below its leading one, then bits 16-31, then bits 32-33
+
+Symbols of one table are coded in one call, which is what makes the coder fast; blocks keep the grouping
+within the processor's cache. Words are little-endian and the zero bytes that end the last one are left out.
+The writer starts from FIRST_STATE, so that is where a reader must end; no bytes at all mean this state.
+
+constriction does the work where it is installed, `compand.coding.ans_reference` elsewhere, on the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from compand.coding import ans_reference
+from compand.coding.tables import (
+    ESCAPE_LENGTH_BITS,
+    TableSet,
+    code_lengths,
+    escape_codes,
+    escaped_values,
+)
+from compand.errors import BitstreamError, UsageError
+
+try:
+    import constriction
+except ImportError:
+    constriction = None
+
+BLOCK = 1 << 16
+"""Symbols that are grouped together. Part of the format."""
+
+FIRST_STATE = 0x5EED
+"""What remains when all symbols are read. Part of the format.
+
+A reader that runs out of data drifts towards state 0 and stays there: were 0 the right end, one damaged
+stream in a hundred would reach it. Sixteen bits stop that and cost 0.1 bytes, as the first symbol fills 24
+in any case.
+"""
+
+BACKEND = "reference" if constriction is None else "constriction"
+"""What codes the symbols unless a writer or reader is told otherwise."""
+
+_PIECE = 16
+_PIECE_STARTS = (0, 16, 32)
+_MAX_CODE_LENGTH = 33
+_INT32 = np.iinfo(np.int32)
+
+
+class AnsWriter:
+    """Collects symbols, in the order in which they will be read, and turns them into bytes.
+
+    Args:
+        backend: "constriction" or "reference".
+    """
+
+    def __init__(self, backend: str = BACKEND) -> None:
+        self._backend = _backend(backend)
+        self._blocks: list[_Block] = []
+
+    def push(self, values: ArrayLike, indexes: ArrayLike, tables: TableSet) -> None:
+        """Append values [N] (integers in the range of int32), coded with the tables that indexes [N] name.
+
+        Raises:
+            UsageError: lengths or types do not fit, a value is no int32, or an index names no table.
+        """
+        value, index = _as_values(values), _as_indexes(indexes, tables)
+        if value.shape != index.shape:
+            raise UsageError(f"{value.size} values but {index.size} indexes: give one index for each value")
+        for start in range(0, index.size, BLOCK):
+            groups = _group(index[start : start + BLOCK])
+            grouped = value[start : start + BLOCK][groups.order]
+            # In unsigned arithmetic a value below its table is a huge symbol: one minimum finds all escapes.
+            symbols = np.subtract(grouped, groups.spread(tables.lows)).view(np.uint32)
+            escape = groups.spread(tables.sizes).view(np.uint32)
+            np.minimum(symbols, escape, out=symbols)
+            places = np.flatnonzero(symbols == escape)
+            codes = None
+            if places.size:
+                places = places[np.argsort(groups.order[places])]
+                codes = escape_codes(grouped[places].astype(np.int64), *groups.extents(places, tables))
+            self._blocks.append(_Block(tables, groups.ranges, symbols.view(np.int32), codes))
+
+    def finish(self) -> bytes:
+        """Encode everything that was pushed."""
+        coder = self._backend.coder(np.array([FIRST_STATE], dtype=np.uint32))
+        for tables, ranges, symbols, codes in reversed(self._blocks):
+            models = self._backend.models(tables)
+            if codes is not None:
+                _encode_escapes(coder, codes)
+            for table, start, stop in reversed(ranges):
+                coder.encode_reverse(symbols[start:stop], models(table))
+        words = coder.words()
+        if words.size == 1 and words[0] == FIRST_STATE:
+            return b""
+        return words.astype("<u4", copy=False).tobytes().rstrip(b"\0")
+
+
+class AnsReader:
+    """Reads back what an `AnsWriter` was given, push by push.
+
+    Damaged data yields wrong values or BitstreamError, never more values than asked for. `finish` notices
+    truncation, other tables and most damage. It cannot notice bits of escaped values that were flipped, which
+    hold no redundancy: checksums belong to the container.
+
+    Args:
+        data: the bytes that `AnsWriter.finish` returned.
+        backend: "constriction" or "reference".
+
+    Raises:
+        BitstreamError: data ends in a zero byte, which no writer leaves.
+    """
+
+    def __init__(self, data: bytes | bytearray | memoryview, backend: str = BACKEND) -> None:
+        content = bytes(data)
+        if content.endswith(b"\0"):
+            raise BitstreamError("entropy-coded data ends in a zero byte: the file is damaged")
+        if not content:
+            content = FIRST_STATE.to_bytes(4, "little")
+        words = np.frombuffer(content + bytes(-len(content) % 4), dtype="<u4").astype(np.uint32)
+        self._backend = _backend(backend)
+        self._coder = self._backend.coder(words)
+
+    def pull(self, indexes: ArrayLike, tables: TableSet) -> NDArray[np.int32]:
+        """Return the next values, int32 [N], which the writer pushed with the same indexes [N] and tables.
+
+        Raises:
+            UsageError: indexes are not a row of integers that name tables.
+            BitstreamError: an escaped value is impossible.
+        """
+        index = _as_indexes(indexes, tables)
+        models = self._backend.models(tables)
+        decode = self._coder.decode
+        values = np.empty(index.size, dtype=np.int32)
+        for start in range(0, index.size, BLOCK):
+            groups = _group(index[start : start + BLOCK])
+            grouped = np.concatenate([decode(models(table), b - a) for table, a, b in groups.ranges])
+            places = np.flatnonzero(grouped == groups.spread(tables.sizes))
+            grouped += groups.spread(tables.lows)
+            if places.size:
+                places = places[np.argsort(groups.order[places])]
+                grouped[places] = _decode_escapes(self._coder, *groups.extents(places, tables))
+            values[start : start + BLOCK][groups.order] = grouped
+        return values
+
+    def finish(self) -> None:
+        """Check that the data is used up.
+
+        Raises:
+            BitstreamError: it is not, so the values are wrong or were read with other tables.
+        """
+        words = self._coder.words()
+        if words.size != 1 or words[0] != FIRST_STATE:
+            raise BitstreamError("entropy-coded data does not end with its last symbol: the file is damaged")
+
+
+class _Groups(NamedTuple):
+    """Positions of one block, gathered by table."""
+
+    order: NDArray[np.intp]  # position of each grouped symbol in the block
+    used: NDArray[np.unsignedinteger[Any]]  # tables that occur, ascending
+    counts: NDArray[np.intp]  # symbols of each used table
+    ranges: list[tuple[int, int, int]]  # (table, start, stop) in grouped order
+
+    def spread(self, per_table: NDArray[np.int32]) -> NDArray[np.int32]:
+        """One entry of per_table [T] for each grouped symbol."""
+        return np.repeat(per_table[self.used], self.counts)
+
+    def extents(
+        self, places: NDArray[np.intp], tables: TableSet
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Lows and sizes of the tables at some places of the grouped order."""
+        table = np.repeat(self.used, self.counts)[places]
+        return tables.lows[table].astype(np.int64), tables.sizes[table].astype(np.int64)
+
+
+class _Block(NamedTuple):
+    tables: TableSet
+    ranges: list[tuple[int, int, int]]  # as in _Groups
+    symbols: NDArray[np.int32]  # grouped; escapes included
+    codes: NDArray[np.int64] | None  # of the escaped values in order of position; None where there is none
+
+
+def _group(indexes: NDArray[np.unsignedinteger[Any]]) -> _Groups:
+    order = np.argsort(indexes, kind="stable")  # a radix sort, as indexes have 8 or 16 bits
+    ordered = indexes.take(order)  # faster than indexing for 8 bits, unlike for 32
+    starts = np.concatenate([[0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1])
+    stops = np.append(starts[1:], ordered.size)
+    used = ordered[starts]
+    ranges = list(zip(used.tolist(), starts.tolist(), stops.tolist(), strict=True))
+    return _Groups(order, used, stops - starts, ranges)
+
+
+def _as_values(values: ArrayLike) -> NDArray[np.int32]:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise UsageError(f"values are {array.dtype}{list(array.shape)}: give one row of integers")
+    narrow = not array.size or np.can_cast(array.dtype, np.int32)
+    if not narrow and (array.min() < _INT32.min or array.max() > _INT32.max):
+        raise UsageError(f"values reach {array.min()} .. {array.max()}: give 32-bit integers")
+    return array.astype(np.int32, copy=False)
+
+
+def _as_indexes(indexes: ArrayLike, tables: TableSet) -> NDArray[np.unsignedinteger[Any]]:
+    array = np.asarray(indexes)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise UsageError(f"indexes are {array.dtype}{list(array.shape)}: give one row of integers")
+    if array.size and (array.max() >= len(tables) or (array.dtype.kind == "i" and array.min() < 0)):
+        raise UsageError(f"indexes reach {array.min()} .. {array.max()}: there are {len(tables)} tables")
+    return array.astype(np.uint8 if len(tables) <= 256 else np.uint16, copy=False)
+
+
+def _encode_escapes(coder: _Coder, codes: NDArray[np.int64]) -> None:
+    lengths = code_lengths(codes)
+    for shift in reversed(_PIECE_STARTS):
+        widths = np.clip(lengths - shift, 0, _PIECE)
+        present = widths > 0
+        pieces = (codes[present] >> shift) & ((1 << widths[present]) - 1)
+        coder.encode_bits_reverse(pieces.astype(np.int32), widths[present].astype(np.int32))
+    coder.encode_bits_reverse(lengths.astype(np.int32), np.full(lengths.size, ESCAPE_LENGTH_BITS, np.int32))
+
+
+def _decode_escapes(coder: _Coder, lows: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    lengths = coder.decode_bits(np.full(lows.size, ESCAPE_LENGTH_BITS, np.int32)).astype(np.int64)
+    if lengths.max() > _MAX_CODE_LENGTH:
+        raise BitstreamError(f"an escaped value claims {lengths.max()} bits: the file is damaged")
+    codes = np.int64(1) << lengths
+    for shift in _PIECE_STARTS:
+        widths = np.clip(lengths - shift, 0, _PIECE)
+        present = widths > 0
+        codes[present] += coder.decode_bits(widths[present].astype(np.int32)).astype(np.int64) << shift
+    values = escaped_values(codes, lows, sizes)
+    if values.min() < _INT32.min or values.max() > _INT32.max:
+        raise BitstreamError("an escaped value lies beyond the 32-bit integers: the file is damaged")
+    return values
+
+
+class _Coder(Protocol):
+    """What a backend's coder does; `ans_reference.Coder` documents each method."""
+
+    def encode_reverse(self, symbols: NDArray[np.int32], model: Any) -> None: ...
+
+    def decode(self, model: Any, count: int) -> NDArray[np.int32]: ...
+
+    def encode_bits_reverse(self, values: NDArray[np.int32], widths: NDArray[np.int32]) -> None: ...
+
+    def decode_bits(self, widths: NDArray[np.int32]) -> NDArray[np.int32]: ...
+
+    def words(self) -> NDArray[np.uint32]: ...
+
+
+class _ConstrictionCoder:
+    """`ans_reference.Coder` made of constriction's parts."""
+
+    def __init__(self, words: NDArray[np.uint32]) -> None:
+        ans = constriction.stream.stack.AnsCoder(words)
+        self._ans = ans
+        self._uniform = constriction.stream.model.Uniform()
+        self.encode_reverse = ans.encode_reverse
+        self.decode = ans.decode
+        self.words = ans.get_compressed
+
+    def encode_bits_reverse(self, values: NDArray[np.int32], widths: NDArray[np.int32]) -> None:
+        self._ans.encode_reverse(values, self._uniform, np.left_shift(1, widths, dtype=np.int32))
+
+    def decode_bits(self, widths: NDArray[np.int32]) -> NDArray[np.int32]:
+        values: NDArray[np.int32] = self._ans.decode(self._uniform, np.left_shift(1, widths, dtype=np.int32))
+        return values
+
+
+def _build_constriction_model(frequencies: NDArray[np.uint32]) -> Any:
+    # The fast quantiser gives each of n symbols 1 and shares the remaining 2**24 - n by weight. Weights that
+    # sum to just that are taken over as they are, without rounding.
+    return constriction.stream.model.Categorical(frequencies.astype(np.float64) - 1, perfect=False)
+
+
+class _Models:
+    """Models of one table set, each built when it is first used."""
+
+    def __init__(
+        self, build: Callable[[NDArray[np.uint32]], Any], frequencies: tuple[NDArray[np.uint32], ...]
+    ) -> None:
+        self._build = build
+        self._frequencies = frequencies
+        self._built: dict[int, Any] = {}
+
+    def __call__(self, table: int) -> Any:
+        model = self._built.get(table)
+        if model is None:
+            model = self._built[table] = self._build(self._frequencies[table])
+        return model
+
+
+class _Backend:
+    """A coder and the models it takes, which are kept for as long as their table set lives."""
+
+    def __init__(
+        self, coder: Callable[[NDArray[np.uint32]], _Coder], build_model: Callable[[NDArray[np.uint32]], Any]
+    ) -> None:
+        self.coder = coder
+        self._build_model = build_model
+        self._models: WeakKeyDictionary[TableSet, _Models] = WeakKeyDictionary()
+
+    def models(self, tables: TableSet) -> _Models:
+        models = self._models.get(tables)
+        if models is None:
+            models = self._models[tables] = _Models(self._build_model, tables.frequencies)
+        return models
+
+
+def _backend(name: str) -> _Backend:
+    if name not in _BACKENDS:
+        raise UsageError(
+            f"entropy coder {name!r} is not available: use one of {', '.join(sorted(_BACKENDS))}"
+        )
+    return _BACKENDS[name]
+
+
+_BACKENDS = {"reference": _Backend(ans_reference.Coder, ans_reference.build_model)}
+if constriction is not None:
+    _BACKENDS["constriction"] = _Backend(_ConstrictionCoder, _build_constriction_model)

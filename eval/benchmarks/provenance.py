@@ -1,0 +1,154 @@
+"""Where a number comes from: command, data, hardware, date and versions stand beside every result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compand.errors import UsageError
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+"""Folder of the committed results."""
+
+_PACKAGES = (
+    "compand",
+    "numpy",
+    "torch",
+    "torchvision",
+    "torchaudio",
+    "constriction",
+    "pillow",
+    "soundfile",
+    "compressai",
+    "lightning",
+)
+
+
+def provenance(data: str) -> dict[str, Any]:
+    """Describe the running program for a table of results.
+
+    Args:
+        data: what was measured on, in a few words ("300,000 synthetic symbols, seed 0").
+
+    Returns:
+        command, data, hardware (cpu, cores, torch_threads, gpu), date (UTC, ISO 8601), versions by package.
+    """
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "command": _command(),
+        "data": data,
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "gpu": gpu,
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | _installed_versions(),
+    }
+
+
+def check_unwritten(path: Path, *, force: bool) -> None:
+    """Refuse, before a long measurement, a file that `write_results` would refuse after it.
+
+    Raises:
+        UsageError: path exists and force is off.
+    """
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists: pass --force to replace these results")
+
+
+def write_results(
+    path: Path,
+    results: Any,
+    origin: Mapping[str, Any],
+    *,
+    report: str = "",
+    force: bool = False,
+) -> None:
+    """Write results with their origin as JSON and, where there is a report, as Markdown beside it.
+
+    Args:
+        path: the .json file; its folder is made if need be.
+        results: rows or a summary, of JSON's types.
+        origin: what `provenance` returned.
+        report: Markdown; the origin is added below it.
+        force: replace existing files.
+
+    Raises:
+        UsageError: a file exists and force is off; nothing is written then.
+    """
+    written = {path: json.dumps({"provenance": origin, "results": results}, indent=2, allow_nan=False) + "\n"}
+    if report:
+        written[path.with_suffix(".md")] = f"{report.rstrip()}\n\n{_as_markdown(origin)}\n"
+    for target in written:
+        check_unwritten(target, force=force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for target, text in written.items():
+        target.write_text(text, encoding="utf-8")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is aligned to the left, the others to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+
+
+def _as_markdown(origin: Mapping[str, Any]) -> str:
+    hardware = origin["hardware"]
+    machine = f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['torch_threads']} torch threads"
+    if hardware["gpu"]:
+        machine += f", {hardware['gpu']}"
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    return "\n".join(
+        [
+            f"- Command: `{origin['command']}`",
+            f"- Data: {origin['data']}",
+            f"- Hardware: {machine}",
+            f"- Date: {origin['date']}",
+            f"- Versions: {versions}",
+        ]
+    )
+
+
+def _command() -> str:
+    """The command line as anyone may type it: absolute paths become relative to the working directory."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    program = (
+        f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {_portable(sys.argv[0])}"
+    )
+    return " ".join([program, *map(_portable, sys.argv[1:])])
+
+
+def _portable(argument: str) -> str:
+    return os.path.relpath(argument) if os.path.isabs(argument) else argument
+
+
+def _cpu_model() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _installed_versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
