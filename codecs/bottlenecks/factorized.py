@@ -1,0 +1,242 @@
+"""Factorised densities: every channel has one distribution, learned without a parametric form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from compand.bottlenecks.gains import GainUnit, step_gains
+from compand.codec import QUALITY_STEPS, Bottleneck, BottleneckOutput, Counts, subset
+from compand.coding.ans import AnsReader, AnsWriter
+from compand.coding.tables import TableSet
+from compand.errors import CheckpointError
+
+MAX_REACH = 2000
+"""Values of a table on either side; beyond them lies the escape."""
+
+
+def ste_round(x: Tensor) -> Tensor:
+    """Rounding with the gradient of the identity (straight-through estimator)."""
+    return x + (torch.round(x) - x).detach()
+
+
+def to_symbols(x: Tensor) -> NDArray[np.int32]:
+    """Rounded to int32; values beyond +-2**30 become that, NaN becomes 0."""
+    limit = float(1 << 30)
+    return torch.nan_to_num(x, nan=0.0).clamp(-limit, limit).round().to(torch.int32).cpu().numpy()
+
+
+class FactorizedDensity(nn.Module):
+    """The non-parametric density of Balle et al. 2018 (appendix 6.1), one a channel, over compressai's EntropyBottleneck.
+
+    Raises:
+        ImportError: compressai is not installed; the message says how to install it.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        try:
+            from compressai.entropy_models import EntropyBottleneck
+        except ImportError as error:
+            raise ImportError('training needs compressai: pip install "compand[train]"') from error
+
+        self.model = EntropyBottleneck(channels)
+
+    def bits(self, x: Tensor, step: Tensor | float = 1.0) -> Tensor:
+        """Information of x quantised in steps, with uniform noise in place of rounding.
+
+        Args:
+            x: [batch, channels, h, w].
+            step: quantisation step, broadcastable to x.
+
+        Returns:
+            Bits of each item, [batch].
+        """
+        half = torch.as_tensor(step, device=x.device) * 0.5
+        noisy = x + torch.empty_like(x).uniform_(-1, 1) * half
+
+        def logits(value: Tensor) -> Tensor:
+            rows = value.expand(x.shape).transpose(0, 1).flatten(1)[:, None]
+            return self.model._logits_cumulative(rows, stop_gradient=False)
+
+        likelihood = torch.sigmoid(logits(noisy + half)) - torch.sigmoid(logits(noisy - half))
+        bits = -torch.log2(self.model.likelihood_lower_bound(likelihood))
+        return bits.view(x.shape[1], x.shape[0], -1).sum((0, 2))
+
+    def auxiliary_loss(self) -> Tensor:
+        """Pulls the learned quantiles to the tails of the density, where the tables will end."""
+        return self.model.loss()
+
+    @torch.no_grad()
+    def masses(self, steps: Tensor) -> tuple[list[NDArray[np.float64]], list[int], list[float]]:
+        """Probabilities of the integers n, for values n * step, out to the learned quantiles.
+
+        Args:
+            steps: quantisation step of each channel, [channels].
+
+        Returns:
+            Masses, lowest value and mass of everything else, by channel.
+        """
+        steps = steps.double().cpu()
+        model = self.model.double()
+        quantiles = model.quantiles[:, 0].cpu()
+        low = torch.floor(quantiles[:, 0] / steps).clamp(-MAX_REACH, 0).long()
+        high = torch.ceil(quantiles[:, 2] / steps).clamp(0, MAX_REACH).long()
+        edges = torch.arange(int(low.min()), int(high.max()) + 2, dtype=torch.float64) - 0.5
+        device = model.quantiles.device
+        values = (edges[None] * steps[:, None])[:, None].to(device)
+        cumulative = torch.sigmoid(model._logits_cumulative(values, stop_gradient=True))[:, 0].cpu().numpy()
+        self.model.float()
+        masses, escapes = [], []
+        for row, a, b in zip(cumulative, low.tolist(), high.tolist(), strict=True):
+            part = row[a - int(low.min()) : b - int(low.min()) + 2]
+            masses.append(np.diff(part).clip(min=0))
+            escapes.append(float(max(part[0] + 1 - part[-1], 0)))
+        return masses, low.tolist(), escapes
+
+
+def blend(
+    masses: Sequence[NDArray[np.float64]],
+    lows: Sequence[int],
+    escapes: Sequence[float],
+    counts: Counts,
+    strength: float = 2000.0,
+) -> TableSet:
+    """Tables from a model's masses and from symbols that were counted on training data.
+
+    The model counts for `strength` observations (a Dirichlet prior), so that tables seldom used stay with it.
+    """
+    mixed, tails = [], []
+    for mass, low, escape, seen in zip(masses, lows, escapes, counts, strict=True):
+        total = strength * mass / (mass.sum() + escape)
+        tail = strength * escape / (mass.sum() + escape)
+        for value, count in seen.items():
+            if low <= value < low + mass.size:
+                total[value - low] += count
+            else:
+                tail += count
+        mixed.append(total)
+        tails.append(tail)
+    return TableSet.from_masses(mixed, lows, tails)
+
+
+class FactorizedBottleneck(Bottleneck):
+    """Fully factorised prior (Balle et al. 2018, section 2 and appendix 6.1), variable in rate by gain units.
+
+    ```
+    y --*gain--> round --> symbols --> ANS with one table a channel and quarter level
+    ```
+
+    The density belongs to y itself: quantising in steps of 1 / gain, its integral over a step is the probability of a
+    symbol, so one density serves every quality. Tables are made for every quarter of a quality level; qualities in
+    between use the nearest.
+
+    Args:
+        latent_channels: channels M of y.
+        lambdas: Lagrange multiplier of each level; sets the initial gains.
+        trainable: whether the densities are built (needs compressai) or only the frozen state is to be loaded.
+    """
+
+    encoder_parts = ()
+    TABLES_A_LEVEL = 4
+
+    def __init__(self, latent_channels: int, lambdas: Sequence[float], trainable: bool = True) -> None:
+        super().__init__()
+        self.latent_channels = latent_channels
+        self.y_gain = GainUnit(latent_channels, step_gains(lambdas))
+        self.density = FactorizedDensity(latent_channels) if trainable else None
+        self.tables: TableSet | None = None
+
+    def forward(self, y: Tensor, quality: Tensor) -> BottleneckOutput:
+        with torch.autocast(y.device.type, enabled=False):
+            y = y.float()
+            gain = self.y_gain.gain(quality)
+            inverse = self.y_gain.inverse(quality)
+            if self.tables is not None and not self.training:
+                symbols = to_symbols(y * gain)
+                bits = [
+                    float(self.tables.bits(item.ravel(), self._indexes(item.shape[1:], level)).sum())
+                    for item, level in zip(symbols, quality.tolist(), strict=True)
+                ]
+                y_hat = torch.from_numpy(symbols).to(y) * inverse
+                return BottleneckOutput(y_hat, torch.tensor(bits, dtype=torch.float64, device=y.device))
+            if self.density is None:
+                raise CheckpointError("this codec is frozen: build it in its trainable state to train it")
+            bits_y = self.density.bits(y, 1 / gain)
+            losses = {"auxiliary": self.density.auxiliary_loss()}
+            return BottleneckOutput(ste_round(y * gain) * inverse, bits_y, losses)
+
+    def compress(self, y: Tensor, quality: int) -> list[bytes]:
+        tables = self._frozen()
+        symbols = to_symbols(y.float() * self.y_gain.gain(self._level(quality, y)))
+        indexes = self._indexes(symbols.shape[2:], quality)
+        payloads = []
+        for item in symbols:
+            writer = AnsWriter()
+            writer.push(item.ravel(), indexes, tables)
+            payloads.append(writer.finish())
+        return payloads
+
+    def decompress(self, payloads: Sequence[bytes], shape: tuple[int, int], quality: int) -> Tensor:
+        tables = self._frozen()
+        indexes = self._indexes(shape, quality)
+        items = []
+        for payload in payloads:
+            reader = AnsReader(payload)
+            items.append(reader.pull(indexes, tables).reshape(self.latent_channels, *shape))
+            reader.finish()
+        symbols = torch.from_numpy(np.stack(items)).to(self.y_gain.log2_gain)
+        return symbols * self.y_gain.inverse(self._level(quality, symbols))
+
+    def freeze(self, counts: Sequence[Counts] | None = None) -> None:
+        """Makes the integer tables.
+
+        Args:
+            counts: how often each symbol was seen with each table; None: the model alone.
+        """
+        if self.density is None:
+            raise CheckpointError("this bottleneck is frozen already")
+        masses, lows, escapes = [], [], []
+        levels = self.y_gain.log2_gain.shape[0]
+        for step in range((levels - 1) * self.TABLES_A_LEVEL + 1):
+            quality = torch.tensor([QUALITY_STEPS + step * QUALITY_STEPS // self.TABLES_A_LEVEL])
+            gain = self.y_gain.gain(quality.to(self.y_gain.log2_gain.device)).detach().flatten()
+            for total, part in zip((masses, lows, escapes), self.density.masses(1 / gain), strict=True):
+                total.extend(part)  # type: ignore[arg-type]
+        self.tables = blend(masses, lows, escapes, counts[0] if counts else [{}] * len(masses))
+
+    def count(self, y: Tensor, quality: int) -> list[tuple[NDArray[np.int64], NDArray[np.int32]]]:
+        """(table indexes, symbols) of every push of `compress`; what `freeze` wants counted."""
+        symbols = to_symbols(y.float() * self.y_gain.gain(self._level(quality, y)))
+        indexes = self._indexes(symbols.shape[2:], quality)
+        return [(np.tile(indexes, len(symbols)), symbols.ravel())]
+
+    def table_counts(self) -> list[int]:
+        return [len(self._frozen())]
+
+    def frozen_arrays(self) -> dict[str, NDArray[np.int32]]:
+        return {f"tables.{name}": array for name, array in self._frozen().arrays().items()}
+
+    def load_frozen(self, arrays: Mapping[str, NDArray[np.int32]]) -> None:
+        self.tables = TableSet.from_arrays(subset(arrays, "tables."))
+        levels = self.y_gain.log2_gain.shape[0]
+        expected = ((levels - 1) * self.TABLES_A_LEVEL + 1) * self.latent_channels
+        if len(self.tables) != expected:
+            raise CheckpointError(f"the checkpoint has {len(self.tables)} tables where {expected} are needed")
+
+    def _frozen(self) -> TableSet:
+        if self.tables is None:
+            raise CheckpointError("this codec has no tables yet: export it first (compand export)")
+        return self.tables
+
+    def _level(self, quality: int, like: Tensor) -> Tensor:
+        return torch.tensor([quality], device=like.device)
+
+    def _indexes(self, shape: Sequence[int], quality: int) -> NDArray[np.int64]:
+        first = round((quality - QUALITY_STEPS) * self.TABLES_A_LEVEL / QUALITY_STEPS) * self.latent_channels
+        return np.repeat(np.arange(first, first + self.latent_channels), shape[0] * shape[1])

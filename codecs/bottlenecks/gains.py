@@ -1,0 +1,55 @@
+"""Gain units: one quantisation step a channel and quality level, so that one checkpoint serves every rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from compand.codec import level_table_at
+
+
+class GainUnit(nn.Module):
+    """Per-channel gains that grow with quality, and the inverse gains of the decoder.
+
+    Cui et al. 2021 ("Asymmetric gained deep image compression with continuous rate adaptation", equations 2 to 5), with
+    the logarithm of the gains interpolated linearly between levels, which is their exponential interpolation.
+
+    Args:
+        channels: number of channels.
+        initial: gain of each level at the start of training.
+    """
+
+    def __init__(self, channels: int, initial: Sequence[float]) -> None:
+        super().__init__()
+        log_gain = torch.tensor([math.log2(value) for value in initial])[:, None].repeat(1, channels)
+        self.log2_gain = nn.Parameter(log_gain)
+        self.log2_inverse_offset = nn.Parameter(torch.zeros_like(log_gain))
+
+    def log2(self, quality: Tensor) -> Tensor:
+        """log2 of the gain, [batch, channels]; quality: integers [batch] in 1/32 level."""
+        return level_table_at(self.log2_gain, quality)
+
+    def gain(self, quality: Tensor) -> Tensor:
+        """The encoder's gain, [batch, channels, 1, 1]."""
+        return torch.exp2(self.log2(quality))[:, :, None, None]
+
+    def inverse(self, quality: Tensor) -> Tensor:
+        """The decoder's gain, [batch, channels, 1, 1]; near 1 / gain, learned separately."""
+        offset = level_table_at(self.log2_inverse_offset, quality)
+        return torch.exp2(offset - self.log2(quality))[:, :, None, None]
+
+    def inverse_levels(self) -> Tensor:
+        """The decoder's gains at the levels themselves, [levels, channels]; what an integer prior interpolates."""
+        return torch.exp2(self.log2_inverse_offset - self.log2_gain)
+
+
+def step_gains(lambdas: Sequence[float]) -> list[float]:
+    """Gains with which an orthonormal transform of [0, 1] samples meets each Lagrange multiplier at high rate.
+
+    A uniform quantiser of step 1/g gives D = 1 / (12 g^2) per coefficient at log2(g) + const bits; minimising
+    lambda 255^2 D / 3 + R for three colour channels gives g^2 = lambda 255^2 ln(2) / 18.
+    """
+    return [math.sqrt(value * 255**2 * math.log(2) / 18) for value in lambdas]

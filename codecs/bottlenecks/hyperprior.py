@@ -1,0 +1,279 @@
+"""The mean-scale Gaussian hyperprior with gain units, and its exact integer form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compand.bottlenecks.factorized import FactorizedDensity, blend, ste_round, to_symbols
+from compand.bottlenecks.gains import GainUnit, step_gains
+from compand.codec import QUALITY_STEPS, Bottleneck, BottleneckOutput, Counts, level_table_at, subset
+from compand.coding.ans import AnsReader, AnsWriter
+from compand.coding.integer import FRACTION_BITS, IntegerNetwork, interpolate_levels, to_fixed
+from compand.coding.tables import TableSet
+from compand.errors import CheckpointError
+
+SCALES = 64
+MIN_LOG2_SCALE = -3.5
+"""log2 of the smallest scale that has a table: 0.088 quantisation steps, where a symbol costs a millibit or less."""
+SCALE_STEP = 192
+"""Ratio of neighbouring scales, in fixed-point log2: 3/16 octave. The largest scale is 320 steps."""
+
+HYPER_STRIDE = 4
+"""Latent positions per position of z, along one axis."""
+
+
+def scale_indexes(log2_scales: Tensor) -> Tensor:
+    """Table of each element: the nearest scale in log2, by integer comparison.
+
+    Args:
+        log2_scales: fixed-point log2 of the scales, int64 of any shape.
+
+    Returns:
+        uint8 of the same shape, 0 .. SCALES - 1.
+    """
+    first = round(MIN_LOG2_SCALE * (1 << FRACTION_BITS)) - SCALE_STEP // 2
+    index = torch.div(log2_scales - first, SCALE_STEP, rounding_mode="floor")
+    return index.clamp_(0, SCALES - 1).to(torch.uint8)
+
+
+def table_scales() -> list[float]:
+    """Standard deviation of each table, in quantisation steps."""
+    return [2.0 ** (MIN_LOG2_SCALE + k * SCALE_STEP / (1 << FRACTION_BITS)) for k in range(SCALES)]
+
+
+class HyperpriorBottleneck(Bottleneck):
+    """Mean-scale hyperprior (Minnen et al. 2018, section 3 without the context model), variable in rate by gain units.
+
+    ```
+    y --h_a--> z --*gain_z--> round --> z symbols (factorised tables)
+                                |
+                           *inverse gain_z
+                                |
+                               h_s --> mu, log2 sigma
+    y --(y - mu) * gain--> round --> y symbols (Gaussian tables, index from log2 sigma + log2 gain)
+    y_hat = symbol * inverse gain + mu
+    ```
+
+    h_a and h_s work on y as the analysis made it, whatever the quality: quantising finer shifts log2 sigma by log2 gain
+    and nothing else, so the prior is one and the same at all rates. In the frozen state h_s, the gains that reach it
+    and the shift of log2 sigma are integers (`coding.integer`); no floating-point number decides a symbol.
+
+    Args:
+        latent_channels: channels M of y.
+        lambdas: Lagrange multiplier of each quality level; sets the initial gains.
+        hyper_channels: channels N of z.
+        widths: channels of h_s at 1/32 resolution and twice at 1/16.
+        trainable: whether h_s and the densities are built (needs compressai) or only the frozen state is to be loaded.
+    """
+
+    encoder_parts = ("hyper_analysis", "z_gain")
+
+    def __init__(
+        self,
+        latent_channels: int,
+        lambdas: Sequence[float],
+        hyper_channels: int = 128,
+        widths: Sequence[int] = (128, 96, 192),
+        trainable: bool = True,
+    ) -> None:
+        super().__init__()
+        m, n = latent_channels, hyper_channels
+        self.latent_channels, self.hyper_channels = m, n
+        middle = lambdas[len(lambdas) // 2]
+        self.y_gain = GainUnit(m, step_gains(lambdas))
+        # z needs little more precision at high rates than at low ones.
+        self.z_gain = GainUnit(n, [(value / middle) ** 0.125 for value in lambdas])
+        self.hyper_analysis = nn.Sequential(
+            nn.Conv2d(m, n, 3, padding=1), nn.GELU(),
+            nn.Conv2d(n, n, 5, stride=2, padding=2), nn.GELU(),
+            nn.Conv2d(n, n, 5, stride=2, padding=2),
+        )  # fmt: skip
+        self.prior: IntegerNetwork | None = None
+        self.z_tables: TableSet | None = None
+        self.y_tables: TableSet | None = None
+        self._multiplier = torch.zeros(0)
+        self._shift = torch.zeros(0)
+        self.trainable = trainable
+        if not trainable:
+            return
+
+        self.z_density = FactorizedDensity(n)
+        from compressai.entropy_models import GaussianConditional
+
+        self.y_density = GaussianConditional(None)
+        self.scale_offset = nn.Parameter(torch.zeros(len(lambdas), m))
+        a, b, c = widths
+        self.hyper_synthesis = nn.Sequential(
+            nn.Conv2d(n, 4 * a, 3, padding=1), nn.PixelShuffle(2), nn.ReLU(),
+            nn.Conv2d(a, 4 * b, 3, padding=1), nn.PixelShuffle(2), nn.ReLU(),
+            nn.Conv2d(b, c, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(c, 2 * m, 1),
+        )  # fmt: skip
+        last = self.hyper_synthesis[-1]
+        assert isinstance(last, nn.Conv2d) and last.bias is not None
+        with torch.no_grad():
+            last.weight.mul_(0.1)
+            last.bias.zero_()
+            last.bias[m:] = -1.0
+
+    def forward(self, y: Tensor, quality: Tensor) -> BottleneckOutput:
+        if self.prior is not None and not self.training:
+            return self._forward_frozen(y, quality)
+        if not self.trainable:
+            raise CheckpointError("this codec is frozen: build it in its trainable state to train it")
+        z = self.hyper_analysis(_padded(y))
+        with torch.autocast(y.device.type, enabled=False):
+            z = z.float() * self.z_gain.gain(quality)
+            z_bits = self.z_density.bits(z)
+            inverse = level_table_at(self.z_gain.inverse_levels(), quality)[:, :, None, None]
+            hyper = ste_round(z) * inverse
+        parameters = self.hyper_synthesis(hyper)[..., : y.shape[2], : y.shape[3]]
+        with torch.autocast(y.device.type, enabled=False):
+            means, log2_scales = parameters.float().chunk(2, 1)
+            shift = self.y_gain.log2(quality) + level_table_at(self.scale_offset, quality)
+            scales = torch.exp2((log2_scales + shift[:, :, None, None]).clamp(max=12))
+            residual = (y.float() - means) * self.y_gain.gain(quality)
+            # Rate from noisy, reconstruction from rounded latents (Minnen & Singh 2020, section 3.3).
+            noisy = residual + torch.empty_like(residual).uniform_(-0.5, 0.5)
+            likelihood = self.y_density.likelihood_lower_bound(self.y_density._likelihood(noisy, scales))
+            y_bits = -torch.log2(likelihood).sum((1, 2, 3))
+            y_hat = ste_round(residual) * self.y_gain.inverse(quality) + means
+        return BottleneckOutput(y_hat, y_bits + z_bits, {"auxiliary": self.z_density.auxiliary_loss()})
+
+    def _forward_frozen(self, y: Tensor, quality: Tensor) -> BottleneckOutput:
+        y_hats, bits = [], []
+        for item, level in zip(y, quality.tolist(), strict=True):
+            (z_indexes, z_symbols), (y_indexes, y_symbols), y_hat = self._encode(item[None], level)
+            z_tables, y_tables = self._frozen()
+            cost = z_tables.bits(z_symbols.ravel(), z_indexes).sum()
+            bits.append(float(cost + y_tables.bits(y_symbols.ravel(), y_indexes.ravel()).sum()))
+            y_hats.append(y_hat)
+        return BottleneckOutput(torch.cat(y_hats), torch.tensor(bits, dtype=torch.float64, device=y.device))
+
+    def compress(self, y: Tensor, quality: int) -> list[bytes]:
+        z_tables, y_tables = self._frozen()
+        (z_indexes, z_symbols), (y_indexes, y_symbols), _ = self._encode(y, quality)
+        payloads = []
+        for z_item, y_item, index in zip(z_symbols, y_symbols, y_indexes, strict=True):
+            writer = AnsWriter()
+            writer.push(z_item.ravel(), z_indexes, z_tables)
+            writer.push(y_item.ravel(), index.ravel(), y_tables)
+            payloads.append(writer.finish())
+        return payloads
+
+    def decompress(self, payloads: Sequence[bytes], shape: tuple[int, int], quality: int) -> Tensor:
+        z_tables, y_tables = self._frozen()
+        z_shape = tuple(-(-edge // HYPER_STRIDE) for edge in shape)
+        z_indexes = self._z_indexes(z_shape)
+        readers = [AnsReader(payload) for payload in payloads]
+        z = np.stack([reader.pull(z_indexes, z_tables).reshape(-1, *z_shape) for reader in readers])
+        means, indexes = self._predict(torch.from_numpy(z), quality, shape)
+        items = []
+        for reader, index in zip(readers, indexes.cpu().numpy(), strict=True):
+            items.append(reader.pull(index.ravel(), y_tables).reshape(index.shape))
+            reader.finish()
+        return self._dequantise(np.stack(items), means, quality)
+
+    def _encode(
+        self, y: Tensor, quality: int
+    ) -> tuple[tuple[NDArray[np.int64], NDArray[np.int32]], tuple[NDArray[np.uint8], NDArray[np.int32]], Tensor]:
+        """Table indexes and symbols of z (shared, [batch, ...]) and of y (both [batch, ...]), and y_hat."""
+        level = torch.tensor([quality], device=y.device)
+        z = self.hyper_analysis(_padded(y)).float() * self.z_gain.gain(level)
+        z_symbols = to_symbols(z)
+        means, indexes = self._predict(torch.from_numpy(z_symbols), quality, y.shape[2:])
+        symbols = to_symbols((y.float() - means) * self.y_gain.gain(level))
+        y_hat = self._dequantise(symbols, means, quality)
+        z_indexes = self._z_indexes(z_symbols.shape[2:])
+        return (z_indexes, z_symbols), (indexes.cpu().numpy(), symbols), y_hat
+
+    def _predict(self, z: Tensor, quality: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The integer prior: symbols of z -> means [batch, M, h, w] and table indexes, uint8 of the same shape."""
+        self._frozen()
+        assert self.prior is not None
+        device = self.y_gain.log2_gain.device
+        multiplier = interpolate_levels(self._multiplier, quality, QUALITY_STEPS).to(device)
+        shift = interpolate_levels(self._shift, quality, QUALITY_STEPS).to(device)
+        hyper = z.to(device).long() * multiplier[:, None, None]
+        means, log2_scales = self.prior(hyper)[..., : shape[0], : shape[1]].chunk(2, 1)
+        indexes = scale_indexes(log2_scales + shift[:, None, None])
+        return means.float() / (1 << FRACTION_BITS), indexes
+
+    def _dequantise(self, symbols: NDArray[np.int32], means: Tensor, quality: int) -> Tensor:
+        level = torch.tensor([quality], device=means.device)
+        return torch.from_numpy(symbols).to(means) * self.y_gain.inverse(level) + means
+
+    def _z_indexes(self, shape: Sequence[int]) -> NDArray[np.int64]:
+        return np.repeat(np.arange(self.hyper_channels), shape[0] * shape[1])
+
+    def freeze(self, counts: Sequence[Counts] | None = None) -> None:
+        """Makes the integer prior and the integer tables from the trained densities.
+
+        Args:
+            counts: how often each symbol was seen with each table of z and of y (see `count`); None: the densities alone.
+        """
+        if not self.trainable:
+            raise CheckpointError("this bottleneck is frozen already")
+        self.prior = IntegerNetwork.from_float(self.hyper_synthesis).to(self.y_gain.log2_gain.device)
+        self._multiplier = to_fixed(self.z_gain.inverse_levels().detach()).cpu()
+        self._shift = to_fixed((self.y_gain.log2_gain + self.scale_offset).detach()).cpu()
+        z_counts, y_counts = counts or ([{}] * self.hyper_channels, [{}] * SCALES)
+        self.z_tables = blend(*self.z_density.masses(torch.ones(self.hyper_channels)), z_counts)
+        gaussian = TableSet.gaussian(table_scales())
+        rows = [row / row.sum() for row in gaussian.frequencies]
+        self.y_tables = blend(
+            [row[:-1] for row in rows], gaussian.lows.tolist(), [float(row[-1]) for row in rows], y_counts
+        )
+
+    def count(self, y: Tensor, quality: int) -> list[tuple[NDArray[np.int64], NDArray[np.int32]]]:
+        """(table indexes, symbols) of z and of y as `compress` codes them; what `freeze` wants counted."""
+        (z_indexes, z_symbols), (y_indexes, y_symbols), _ = self._encode(y, quality)
+        return [
+            (np.tile(z_indexes, len(z_symbols)), z_symbols.ravel()),
+            (y_indexes.ravel().astype(np.int64), y_symbols.ravel()),
+        ]
+
+    def table_counts(self) -> list[int]:
+        return [len(tables) for tables in self._frozen()]
+
+    def frozen_arrays(self) -> dict[str, NDArray[np.int32]]:
+        z_tables, y_tables = self._frozen()
+        assert self.prior is not None
+        arrays = {
+            "multiplier": self._multiplier.numpy().astype(np.int32),
+            "shift": self._shift.numpy().astype(np.int32),
+        }
+        for prefix, part in (("prior.", self.prior), ("z_tables.", z_tables), ("y_tables.", y_tables)):
+            arrays |= {prefix + name: array for name, array in part.arrays().items()}
+        return arrays
+
+    def load_frozen(self, arrays: Mapping[str, NDArray[np.int32]]) -> None:
+        self.prior = IntegerNetwork.from_arrays(subset(arrays, "prior."))
+        self.z_tables = TableSet.from_arrays(subset(arrays, "z_tables."))
+        self.y_tables = TableSet.from_arrays(subset(arrays, "y_tables."))
+        levels = self.y_gain.log2_gain.shape[0]
+        expected = {"multiplier": (levels, self.hyper_channels), "shift": (levels, self.latent_channels)}
+        for name, shape in expected.items():
+            if name not in arrays or arrays[name].shape != shape:
+                raise CheckpointError(f"the checkpoint's {name} does not have shape {list(shape)}")
+        if len(self.z_tables) != self.hyper_channels or len(self.y_tables) != SCALES:
+            raise CheckpointError("the checkpoint's tables do not fit its architecture")
+        self._multiplier = torch.from_numpy(arrays["multiplier"].astype(np.int64))
+        self._shift = torch.from_numpy(arrays["shift"].astype(np.int64))
+
+    def _frozen(self) -> tuple[TableSet, TableSet]:
+        if self.z_tables is None or self.y_tables is None:
+            raise CheckpointError("this codec has no tables yet: export it first (compand export)")
+        return self.z_tables, self.y_tables
+
+
+def _padded(y: Tensor) -> Tensor:
+    """y with its edges repeated up to whole positions of z."""
+    right, bottom = -y.shape[3] % HYPER_STRIDE, -y.shape[2] % HYPER_STRIDE
+    return F.pad(y, (0, right, 0, bottom), mode="replicate") if right or bottom else y

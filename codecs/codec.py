@@ -1,0 +1,228 @@
+"""The contract: a codec is an analysis transform, a bottleneck and a synthesis transform.
+
+```
+samples --analysis--> y --bottleneck--> y_hat --synthesis--> samples
+                           |      ^
+                     symbols + tables
+                           v      |
+                       entropy coder <-> payload bytes <-> container (.cpd)
+```
+
+The transform knows the medium, the bottleneck knows quantisation and bits, the codec composes the two and gives
+users bytes. Everything downstream (command line, training, evaluation, loaders) asks the read-only facts declared
+here and never a concrete class.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from compand import registry
+from compand.checkpoint import CheckpointInfo
+from compand.errors import UsageError
+
+T = TypeVar("T")
+Counts = Sequence[Mapping[int, int]]
+"""For each table of a set, how often each symbol was seen."""
+Progress = Callable[[int, int], None]
+"""Called with the number of chunks done and of all chunks."""
+
+QUALITY_STEPS = 32
+"""Qualities are stored as integers in units of 1/32 level."""
+
+
+@dataclass
+class BottleneckOutput:
+    """What a bottleneck gives in training and evaluation.
+
+    Attributes:
+        y_hat: reconstructed latents, same shape as y.
+        bits: estimated information content of each item of the batch, in bits, shape [batch].
+        losses: further terms to be added to the rate-distortion loss (the auxiliary quantile loss, for instance).
+    """
+
+    y_hat: Tensor
+    bits: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Transform(nn.Module, ABC):
+    """Maps samples to latents and back; no quantisation, no bits.
+
+    Attributes:
+        stride: samples of one axis per latent position.
+        latent_channels: channels M of the latent y.
+        context: samples beyond a position that analysis and synthesis look at; a tile that is given this much of its
+            surroundings is transformed as if it were not cut out.
+        encoder_parts: prefixes of the parameters that decoding does not need.
+    """
+
+    stride: int
+    latent_channels: int
+    context: int
+    encoder_parts: tuple[str, ...]
+
+    @abstractmethod
+    def analysis(self, x: Tensor, quality: Tensor) -> Tensor:
+        """g_a. x: [batch, channels, height, width], values in [0, 1], both edges multiples of `stride`;
+        quality: integers [batch] in 1/32 level. Returns y: [batch, M, height / stride, width / stride]."""
+
+    @abstractmethod
+    def synthesis(self, y_hat: Tensor, quality: Tensor) -> Tensor:
+        """g_s, the mirror of `analysis`. The result is float32 and not clamped to [0, 1]."""
+
+    @abstractmethod
+    def reduce_precision(self, dtype: torch.dtype) -> None:
+        """Converts what tolerates it to `dtype`, for speed; interfaces stay float32."""
+
+
+class Bottleneck(nn.Module, ABC):
+    """Quantises latents and turns them into bytes.
+
+    A bottleneck is *trainable* (floating-point densities) until `freeze()` has made its integer tables and integer
+    prior; then `forward` in evaluation mode, `compress` and `decompress` use the same integers.
+    """
+
+    latent_channels: int
+    encoder_parts: tuple[str, ...]
+
+    @abstractmethod
+    def forward(self, y: Tensor, quality: Tensor) -> BottleneckOutput:
+        """y: [batch, M, h, w]; quality: integers [batch] in 1/32 level."""
+
+    @abstractmethod
+    def compress(self, y: Tensor, quality: int) -> list[bytes]:
+        """y: [batch, M, h, w] -> one payload an item. Needs the frozen state."""
+
+    @abstractmethod
+    def decompress(self, payloads: Sequence[bytes], shape: tuple[int, int], quality: int) -> Tensor:
+        """Payloads of `batch` items of latent shape (h, w) -> y_hat [batch, M, h, w], exactly the y_hat that the
+        encoder's `forward` in evaluation mode gives. Raises BitstreamError on a damaged payload."""
+
+    @abstractmethod
+    def count(self, y: Tensor, quality: int) -> list[tuple[NDArray[np.int64], NDArray[np.int32]]]:
+        """(table indexes, symbols) of each table set as `compress` codes y; needs the frozen state. What the export
+        counts on training data before it freezes again."""
+
+    @abstractmethod
+    def table_counts(self) -> list[int]:
+        """Number of tables of each table set."""
+
+    @abstractmethod
+    def freeze(self, counts: Sequence[Counts] | None = None) -> None:
+        """Makes integer tables (and an integer prior) from the trained densities, for the device it is on.
+
+        Args:
+            counts: for each table set, how often each symbol was seen with each table; None: the densities alone.
+        """
+
+    @abstractmethod
+    def frozen_arrays(self) -> dict[str, NDArray[np.int32]]:
+        """All integers that decide symbols; their bytes make the symbols fingerprint."""
+
+    @abstractmethod
+    def load_frozen(self, arrays: Mapping[str, NDArray[np.int32]]) -> None:
+        """Enters the frozen state with integers made by `frozen_arrays`. Raises CheckpointError if they do not fit."""
+
+
+def level_table_at(table: Tensor, quality: Tensor) -> Tensor:
+    """Linear interpolation between the rows of a table that has one row a quality level.
+
+    Args:
+        table: [levels, channels].
+        quality: integers in 1/32 level, [batch]; level 1 (32) is row 0.
+
+    Returns:
+        [batch, channels].
+    """
+    position = (quality - QUALITY_STEPS).clamp(0, (table.shape[0] - 1) * QUALITY_STEPS)
+    low = position.div(QUALITY_STEPS, rounding_mode="floor").clamp(max=max(table.shape[0] - 2, 0))
+    fraction = (position - low * QUALITY_STEPS).to(table.dtype)[:, None] / QUALITY_STEPS
+    return torch.lerp(table[low], table[(low + 1).clamp(max=table.shape[0] - 1)], fraction)
+
+
+
+def subset(arrays: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """The entries whose name starts with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+class Codec(nn.Module, ABC):
+    """A transform and a bottleneck under one name: samples to bytes and back.
+
+    Made by `compand.load` (frozen, ready to code) or by its class (trainable, for `compand train`).
+
+    Attributes:
+        transform, bottleneck: the parts.
+        lambdas: Lagrange multiplier of each quality level, for R in bits per pixel and D = 255^2 x mean squared error of
+            samples in [0, 1].
+        architecture: constructor arguments, as config.json keeps them.
+        info: the checkpoint this codec was loaded from; None while it is being trained.
+    """
+
+    codec_id: ClassVar[int]
+    medium: ClassVar[str]
+    architecture: dict[str, Any]
+
+    def __init__(self, transform: Transform, bottleneck: Bottleneck, lambdas: Sequence[float]) -> None:
+        super().__init__()
+        self.transform = transform
+        self.bottleneck = bottleneck
+        self.lambdas = tuple(lambdas)
+        self.info: CheckpointInfo | None = None
+
+    @property
+    def name(self) -> str:
+        """The codec's registered name."""
+        return registry.name_of(self)
+
+    @property
+    def levels(self) -> int:
+        """Number of quality levels; qualities run continuously from 1 to this."""
+        return len(self.lambdas)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def quality_units(self, quality: float) -> int:
+        """A quality in 1/32 level, as files store it. Raises UsageError outside 1 .. levels."""
+        if not 1 <= quality <= self.levels:
+            raise UsageError(f"quality {quality:g} does not exist: choose 1 to {self.levels}")
+        return round(quality * QUALITY_STEPS)
+
+    def decoder_state(self) -> dict[str, Tensor]:
+        """The floating-point tensors that decoding uses; their bytes make the synthesis fingerprint."""
+        encoder = [f"transform.{part}" for part in self.transform.encoder_parts]
+        encoder += [f"bottleneck.{part}" for part in self.bottleneck.encoder_parts]
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(tuple(encoder))}
+
+    @abstractmethod
+    def encode(
+        self,
+        source: Any,
+        *,
+        quality: float = 4.0,
+        bpp: float | None = None,
+        psnr: float | None = None,
+        compact: bool | None = None,
+        progress: Progress | None = None,
+    ) -> bytes:
+        """Samples to the bytes of a .cpd file."""
+
+    @abstractmethod
+    def decode(self, data: bytes, *, partial: bool = False, progress: Progress | None = None) -> Any:
+        """The bytes of a .cpd file to samples."""
+
+    @abstractmethod
+    def check(self, data: bytes, progress: Progress | None = None) -> None:
+        """Decodes every symbol of a file without synthesis. Raises BitstreamError at the first fault."""

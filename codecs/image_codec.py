@@ -1,0 +1,349 @@
+"""What all image codecs share: pictures of any size and kind <-> .cpd files, tile by tile."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from compand import checkpoint
+from compand.codec import QUALITY_STEPS, Codec, Progress
+from compand.coding import container
+from compand.coding.container import Container, Extra, ExtraKind, Header, ImageGeometry
+from compand.errors import BitstreamError, CheckpointError, CompandError, UsageError
+from compand.pictures import Picture, as_picture, decode_alpha, encode_alpha
+
+TILE = 1024
+"""Edge of the tiles into which larger pictures are cut, in pixels."""
+
+MAX_TILE = 2048
+"""Largest tile that a decoder accepts; bounds its memory, whatever a file claims."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of the picture: its place in the grid and its pixels [top, bottom) x [left, right)."""
+
+    index: int
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def latent_shape(self, stride: int) -> tuple[int, int]:
+        """Rows and columns of its latents."""
+        return -(-(self.bottom - self.top) // stride), -(-(self.right - self.left) // stride)
+
+
+def tile_rows(height: int, width: int, edge: int) -> list[list[Tile]]:
+    """The tiles of a picture, row by row. `edge` 0 means one tile."""
+    step_y, step_x = edge or height, edge or width
+    columns = -(-width // step_x)
+    return [
+        [
+            Tile(row * columns + column, top, min(top + step_y, height), left, min(left + step_x, width))
+            for column, left in enumerate(range(0, width, step_x))
+        ]
+        for row, top in enumerate(range(0, height, step_y))
+    ]
+
+
+class ImageCodec(Codec):
+    """A codec for pictures.
+
+    Pictures beyond TILE pixels on an edge are coded in tiles. Analysis and synthesis of a tile see `transform.context`
+    pixels (or the latents of that width) of its neighbours, so that tiles fit together as if the picture had been
+    transformed whole, while each tile's symbols stand on their own: damage stays within it.
+    """
+
+    medium = "image"
+
+    def encode(
+        self,
+        source: Any,
+        *,
+        quality: float = 4.0,
+        bpp: float | None = None,
+        psnr: float | None = None,
+        compact: bool | None = None,
+        progress: Progress | None = None,
+    ) -> bytes:
+        """Encodes a picture.
+
+        Args:
+            source: whatever `compand.pictures.as_picture` takes: a path, Pillow image, uint8 array [H, W, C], float
+                tensor [C, H, W] in [0, 1], or `Picture`.
+            quality: 1 (smallest file) to `levels`, fractions in steps of 1/32.
+            bpp: instead of `quality`, the best quality whose file has at most this many bits a pixel.
+            psnr: instead of `quality`, the lowest quality whose decoded picture has at least this PSNR in dB.
+            compact: force or forbid the shortest header; None: for tiny files.
+            progress: called after each tile.
+
+        Returns:
+            The bytes of a .cpd file.
+
+        Raises:
+            UsageError: quality out of range, or more than one of bpp and psnr.
+            CompandError: no quality reaches the wanted bpp or psnr for this picture.
+            MediaError: the source cannot be read.
+        """
+        picture = as_picture(source)
+        if bpp is not None and psnr is not None:
+            raise UsageError("bpp and psnr exclude each other: give one")
+        if bpp is None and psnr is None:
+            return self._encode(picture, self.quality_units(quality), compact, progress)
+        low, high = QUALITY_STEPS, self.levels * QUALITY_STEPS
+        files: dict[int, bytes] = {}
+
+        def reaches(level: int) -> bool:
+            """Whether the file of this level has left the wanted range upwards (bpp) or reached it (psnr)."""
+            files[level] = data = self._encode(picture, level, compact, progress)
+            if bpp is not None:
+                return 8 * len(data) > bpp * picture.height * picture.width
+            return _psnr(picture.pixels, self.decode(data).pixels) >= float(psnr or 0)
+
+        # The first level for which `reaches` holds, `high + 1` if there is none.
+        first, last = low, high + 1
+        while first < last:
+            middle = (first + last) // 2
+            first, last = (first, middle) if reaches(middle) else (middle + 1, last)
+        wanted = first - 1 if bpp is not None else first
+        if not low <= wanted <= high:
+            extreme = files[low] if bpp is not None else files[high]
+            if bpp is not None:
+                reached = f"{8 * len(extreme) / (picture.height * picture.width):.3f} bpp is the least"
+                raise CompandError(f"{bpp:g} bpp cannot be reached for this picture: {reached}; allow more")
+            reached = f"{_psnr(picture.pixels, self.decode(extreme).pixels):.2f} dB is the most"
+            raise CompandError(f"{psnr:g} dB cannot be reached for this picture: {reached}; ask for less")
+        return files[wanted]
+
+    def decode(self, data: bytes, *, partial: bool = False, progress: Progress | None = None) -> Picture:
+        """Decodes a file written by this codec.
+
+        Args:
+            data: the bytes of a .cpd file.
+            partial: decode what is intact; damaged tiles come out gray and are listed in `Picture.damage`.
+            progress: called after each tile.
+
+        Raises:
+            BitstreamError: damage (without `partial`, or in the header).
+            CheckpointError: the file needs another checkpoint.
+        """
+        content, geometry, grid = self._read(data, partial)
+        quality = content.header.settings[0]
+        # Zeros take no memory until they are written.
+        pixels = np.zeros((geometry.height, geometry.width, geometry.channels), dtype=np.uint8)
+        done, total = 0, content.header.chunk_count()
+        for tile, window in self._windows(content, grid, partial):
+            area = np.s_[tile.top : tile.bottom, tile.left : tile.right]
+            pixels[area] = 128 if window is None else self._synthesise(window, tile, quality, geometry)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        alpha, icc = self._read_extras(content, geometry, partial)
+        return Picture(pixels, alpha, icc, geometry.bit_depth, damage=tuple(content.damage))
+
+    def check(self, data: bytes, progress: Progress | None = None) -> None:
+        content, geometry, grid = self._read(data, partial=False)
+        total = content.header.chunk_count()
+        for row in grid:
+            for tile in row:
+                self._latents(content, tile)
+                if progress is not None:
+                    progress(tile.index + 1, total)
+        self._read_extras(content, geometry, partial=False)
+
+    def latents(self, data: bytes) -> Tensor:
+        """The dequantised latents of a file, without synthesis: float32 [M, ceil(H / stride), ceil(W / stride)]."""
+        content, _, grid = self._read(data, partial=False)
+        return torch.cat(
+            [torch.cat([self._latents(content, tile) for tile in row], dim=2) for row in grid], dim=1
+        )
+
+    @torch.inference_mode()
+    def estimate(self, source: Any, quality: float = 4.0) -> float:
+        """Information content of a picture's symbols in bits: what `encode` needs, without header and extras."""
+        picture = as_picture(source)
+        level = self.quality_units(quality)
+        grid = tile_rows(picture.height, picture.width, _chunk_size(picture.height, picture.width))
+        levels = torch.tensor([level], device=self.device)
+        return sum(
+            float(self.bottleneck(self.analyse(picture.pixels, tile, level), levels).bits) for row in grid for tile in row
+        )
+
+    # ------------------------------------------------------------------------------------------------- encoding
+
+    @torch.inference_mode()
+    def _encode(self, picture: Picture, level: int, compact: bool | None, progress: Progress | None) -> bytes:
+        info = self._frozen_info()
+        size = _chunk_size(picture.height, picture.width)
+        chunks: list[bytes] = []
+        grid = tile_rows(picture.height, picture.width, size)
+        for tile in (tile for row in grid for tile in row):
+            chunks += self.bottleneck.compress(self.analyse(picture.pixels, tile, level), level)
+            if progress is not None:
+                progress(len(chunks), len(grid) * len(grid[0]))
+        extras = []
+        if picture.alpha is not None:
+            opaque = bool((picture.alpha == 255).all())
+            kind = ExtraKind.OPAQUE_ALPHA if opaque else ExtraKind.ALPHA
+            extras.append(Extra(kind, b"" if opaque else encode_alpha(picture.alpha)))
+        if picture.icc is not None:
+            extras.append(Extra(ExtraKind.ICC, picture.icc))
+        geometry = ImageGeometry(picture.height, picture.width, picture.pixels.shape[2], picture.bit_depth)
+        header = Header(
+            codec_id=info.codec_id,
+            codec_name="" if info.codec_id else info.codec,
+            symbols=info.symbols,
+            synthesis=info.synthesis,
+            settings=(level,),
+            geometry=geometry,
+            chunk_size=size,
+        )
+        return container.write(header, chunks, extras, compact=compact)
+
+    def analyse(self, pixels: NDArray[np.uint8], tile: Tile, level: int) -> Tensor:
+        """y of one tile of uint8 pixels [H, W, 1 | 3], computed with its surroundings: [1, M, h, w]. `level` in 1/32."""
+        stride, context = self.transform.stride, self.transform.context
+        top, left = max(tile.top - context, 0), max(tile.left - context, 0)
+        window = pixels[top : tile.bottom + context, left : tile.right + context]
+        x = torch.from_numpy(np.ascontiguousarray(window)).to(self.device).permute(2, 0, 1)[None].float() / 255
+        x = F.pad(x, (0, -x.shape[3] % stride, 0, -x.shape[2] % stride), mode="replicate")
+        x = x.expand(1, 3, *x.shape[2:]).contiguous(memory_format=torch.channels_last)
+        y = self.transform.analysis(x, torch.tensor([level], device=self.device))
+        rows, columns = tile.latent_shape(stride)
+        y0, x0 = (tile.top - top) // stride, (tile.left - left) // stride
+        return y[:, :, y0 : y0 + rows, x0 : x0 + columns]
+
+    # ------------------------------------------------------------------------------------------------- decoding
+
+    def _frozen_info(self) -> checkpoint.CheckpointInfo:
+        if self.info is None:
+            raise CheckpointError("this codec was not loaded from a checkpoint: export it and use compand.load")
+        return self.info
+
+    def _read(self, data: bytes, partial: bool) -> tuple[Container, ImageGeometry, list[list[Tile]]]:
+        content = container.read(data, partial=partial)
+        header, info = content.header, self._frozen_info()
+        if not checkpoint.matches(info, header):
+            raise CheckpointError(
+                f"file was written with symbols fingerprint {header.symbols.hex()}, "
+                f"{info.name} has {info.symbols.hex()}: decode it with the checkpoint that it names (compand info)"
+            )
+        geometry = header.geometry
+        if not isinstance(geometry, ImageGeometry) or len(header.settings) != 1:
+            raise BitstreamError(f"header does not describe a picture of {info.codec}: the file is damaged")
+        edge = header.chunk_size or max(geometry.height, geometry.width)
+        if edge > MAX_TILE:
+            raise BitstreamError(f"header asks for tiles of {edge} pixels, beyond {MAX_TILE}: the file is damaged")
+        if not QUALITY_STEPS <= header.settings[0] <= self.levels * QUALITY_STEPS:
+            raise BitstreamError(f"header asks for quality {header.settings[0] / QUALITY_STEPS:g}: the file is damaged")
+        return content, geometry, tile_rows(geometry.height, geometry.width, header.chunk_size)
+
+    @torch.inference_mode()
+    def _latents(self, content: Container, tile: Tile) -> Tensor:
+        """y_hat of one tile, [M, h, w]. Raises BitstreamError that names the chunk."""
+        payload = content.chunks[tile.index]
+        if payload is None:
+            raise BitstreamError("chunk is damaged", chunk=tile.index)
+        try:
+            shape = tile.latent_shape(self.transform.stride)
+            return self.bottleneck.decompress([payload], shape, content.header.settings[0])[0]
+        except BitstreamError as error:
+            raise BitstreamError(str(error), chunk=tile.index) from None
+
+    def _windows(
+        self, content: Container, grid: Sequence[Sequence[Tile]], partial: bool
+    ) -> Iterator[tuple[Tile, tuple[Tensor, int, int] | None]]:
+        """Every tile with the latents that its synthesis looks at, [M, h, w], and the tile's offset in them.
+
+        At most three rows of tiles are held. A damaged tile comes without latents; to its neighbours they are zero.
+        """
+        stride = self.transform.stride
+        margin = self.transform.context // stride
+        rows: deque[tuple[int, Tensor, list[bool]]] = deque()
+        width = sum(tile.latent_shape(stride)[1] for tile in grid[0])
+        heights = [row[0].latent_shape(stride)[0] for row in grid]
+        starts = np.concatenate([[0], np.cumsum(heights)]).tolist()
+
+        def decoded(index: int) -> tuple[int, Tensor, list[bool]]:
+            parts, intact = [], []
+            for tile in grid[index]:
+                try:
+                    parts.append(self._latents(content, tile))
+                    intact.append(True)
+                except BitstreamError as error:
+                    if not partial:
+                        raise
+                    if content.chunks[tile.index] is not None:
+                        content.damage.append(error)
+                    shape = (self.transform.latent_channels, *tile.latent_shape(stride))
+                    parts.append(torch.zeros(shape, device=self.device))
+                    intact.append(False)
+            return index, torch.cat(parts, dim=2), intact
+
+        for index, row in enumerate(grid):
+            while not rows or rows[-1][0] < min(index + 1, len(grid) - 1):
+                rows.append(decoded(rows[-1][0] + 1 if rows else 0))
+            while rows[0][0] < index - 1:
+                rows.popleft()
+            top = max(starts[index] - margin, starts[rows[0][0]])
+            bottom = min(starts[index + 1] + margin, starts[rows[-1][0] + 1])
+            band = torch.cat([latents for _, latents, _ in rows], dim=1)
+            first = starts[rows[0][0]]
+            band = band[:, top - first : bottom - first]
+            intact = next(flags for number, _, flags in rows if number == index)
+            for tile, good in zip(row, intact, strict=True):
+                left = max(tile.left // stride - margin, 0)
+                right = min(tile.left // stride + tile.latent_shape(stride)[1] + margin, width)
+                offset = starts[index] - top, tile.left // stride - left
+                yield tile, (band[:, :, left:right], *offset) if good else None
+
+    @torch.inference_mode()
+    def _synthesise(
+        self, window: tuple[Tensor, int, int], tile: Tile, level: int, geometry: ImageGeometry
+    ) -> NDArray[np.uint8]:
+        latents, row, column = window
+        stride = self.transform.stride
+        y_hat = latents[None].contiguous(memory_format=torch.channels_last)
+        x = self.transform.synthesis(y_hat, torch.tensor([level], device=self.device))[0].float()
+        height, width = tile.bottom - tile.top, tile.right - tile.left
+        x = x[:, row * stride : row * stride + height, column * stride : column * stride + width]
+        if geometry.channels == 1:
+            x = x.mean(0, keepdim=True)
+        return (x * 255).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+    def _read_extras(
+        self, content: Container, geometry: ImageGeometry, partial: bool
+    ) -> tuple[NDArray[np.uint8] | None, bytes | None]:
+        alpha, icc = None, None
+        for extra in content.extras:
+            if extra.kind == ExtraKind.ICC:
+                icc = extra.payload
+            elif extra.kind == ExtraKind.OPAQUE_ALPHA:
+                alpha = np.full((geometry.height, geometry.width), 255, dtype=np.uint8)
+            elif extra.kind == ExtraKind.ALPHA:
+                try:
+                    alpha = decode_alpha(extra.payload, geometry.height, geometry.width)
+                except BitstreamError as error:
+                    if not partial:
+                        raise
+                    content.damage.append(error)
+        return alpha, icc
+
+
+def _chunk_size(height: int, width: int) -> int:
+    return TILE if max(height, width) > TILE else 0
+
+
+def _psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    """PSNR in dB; infinite for equal pictures."""
+    error = float(np.mean(np.square(a.astype(np.float32) - b.astype(np.float32)), dtype=np.float64))
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
