@@ -1,0 +1,186 @@
+"""The LightningModule that trains any image codec for rate and distortion at all of its qualities at once."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from compand.codec import QUALITY_STEPS, Codec, level_table_at
+from compand.train.optim import MuonAdam
+
+
+class RateDistortion(pl.LightningModule):
+    """Minimises the mean over sampled qualities of w(q) (R + lambda(q) 255^2 D), D the mean squared error of [0, 1] samples.
+
+    Every item of a batch gets its own quality, drawn uniformly from the codec's continuous range, with its Lagrange
+    multiplier interpolated geometrically between the codec's `lambdas`; w(q) = lambda(q)^-1/2, scaled to 1 at the middle,
+    keeps the high rates from drowning the low ones (a relative saving counts about the same at every rate). The
+    auxiliary loss of the factorised density's quantiles is added; its gradient reaches the quantiles alone.
+
+    On one CUDA device the forward and backward pass are captured as a CUDA graph, since a step at these model sizes is
+    bound by kernel launches.
+
+    Args:
+        codec: the codec to train, in its trainable state.
+        lr: peak learning rate; linear warm-up, then cosine decay to `final_lr_fraction` of it at the trainer's `max_steps`.
+        warmup_steps: steps of warm-up.
+        clip: largest gradient norm.
+        cuda_graph: whether to capture graphs where possible.
+        compile: whether to compile the transform with `torch.compile`.
+        minutes: time limit; the learning rate then decays by steps or by time, whichever is further on, and training ends
+            with the schedule.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        lr: float = 2e-3,
+        final_lr_fraction: float = 0.01,
+        warmup_steps: int = 200,
+        clip: float = 1.0,
+        cuda_graph: bool = True,
+        compile: bool = False,
+        minutes: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.codec = codec
+        self.lr, self.final_lr_fraction, self.warmup_steps, self.clip = lr, final_lr_fraction, warmup_steps, clip
+        self.cuda_graph = cuda_graph
+        self.register_buffer("log2_lambdas", torch.tensor(codec.lambdas).log2()[:, None], persistent=False)
+        self.compile_transform, self.minutes = compile, minutes
+        self._analysis, self._synthesis = codec.transform.analysis, codec.transform.synthesis
+        self._elapsed = 0.0
+        self._last = 0.0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._static: tuple[Tensor, Tensor] | None = None
+        self._warm = 0
+
+    def evaluate(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x: [batch, 3, h, w] in [0, 1]. Returns bits per pixel [batch], mean squared error [batch], further losses."""
+        y = self._analysis(x, quality)
+        output = self.codec.bottleneck(y, quality)
+        x_hat = self._synthesis(output.y_hat, quality)
+        mse = (x_hat.float() - x).square().mean((1, 2, 3))
+        return output.bits / (x.shape[2] * x.shape[3]), mse, output.losses
+
+    def loss(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+        """crops: uint8 [batch, 3, h, w]. Returns the loss and [loss, bpp, mse] for the log."""
+        x = (crops.float() / 255).contiguous(memory_format=torch.channels_last)
+        levels = self.codec.levels
+        quality = QUALITY_STEPS + torch.randint(0, (levels - 1) * QUALITY_STEPS + 1, (x.shape[0],), device=x.device)
+        log2_lambda = level_table_at(self.log2_lambdas, quality)[:, 0]
+        bpp, mse, losses = self.evaluate(x, quality)
+        weight = torch.exp2(-0.5 * (log2_lambda - self.log2_lambdas.mean()))
+        loss = (weight * (bpp + torch.exp2(log2_lambda) * 255**2 * mse)).mean()
+        shown = torch.stack([loss, bpp.mean(), mse.mean()]).detach()
+        return loss + sum(losses.values(), torch.zeros((), device=x.device)), shown
+
+    def _backward(self, crops: Tensor) -> Tensor:
+        loss, shown = self.loss(crops)
+        self.manual_backward(loss)
+        nn.utils.clip_grad_norm_(self.parameters(), self.clip)
+        return shown
+
+    def _captured_backward(self, crops: Tensor) -> Tensor:
+        if self._graph is not None and self._static is not None:
+            self._static[0].copy_(crops)
+            self._graph.replay()
+            return self._static[1]
+        self._warm += 1
+        if self._warm <= 3:
+            for p in self.parameters():
+                p.grad = None
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                shown = self._backward(crops)
+            torch.cuda.current_stream().wait_stream(side)
+            return shown
+        for p in self.parameters():
+            p.grad = None
+        static = crops.clone()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            shown = self._backward(static)
+        self._static = (static, shown)
+        self._graph.replay()
+        return shown
+
+    def training_step(self, crops: Tensor, batch_index: int) -> None:
+        graphed = self.cuda_graph and crops.is_cuda and self.trainer.world_size == 1
+        optimizer = self.optimizers()
+        self._set_learning_rate(optimizer)
+        if graphed:
+            shown = self._captured_backward(crops)
+        else:
+            optimizer.zero_grad()
+            shown = self._backward(crops)
+        optimizer.step()
+        # Reading a value waits for the device, so it is done only as often as the log asks for it.
+        if (batch_index + 1) % self.trainer.log_every_n_steps == 0:
+            loss, bpp, mse = shown.tolist()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"loss is {loss} at step {self.global_step}; lower --model.lr")
+            values = {"loss": loss, "bpp": bpp, "psnr": -10 * math.log10(mse)}
+            self.log_dict(values, prog_bar=True, on_step=True, on_epoch=False)
+
+    def on_train_start(self) -> None:
+        self._last = time.monotonic()
+        if self.compile_transform:
+            transform = self.codec.transform
+            self._analysis, self._synthesis = torch.compile(transform.analysis), torch.compile(transform.synthesis)
+
+    def _set_learning_rate(self, optimizer: Any) -> None:
+        now = time.monotonic()
+        self._elapsed, self._last = self._elapsed + now - self._last, now
+        progress = self.global_step / self.trainer.max_steps if self.trainer.max_steps > 0 else 0.0
+        if self.minutes is not None:
+            progress = max(progress, self._elapsed / (60 * self.minutes))
+            self.trainer.should_stop = progress >= 1
+        cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+        factor = self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine
+        factor *= min(1, (self.global_step + 1) / self.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak_lr"]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["elapsed_seconds"] = self._elapsed
+        checkpoint["codec"] = {"name": self.codec.name, "architecture": self.codec.architecture}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._elapsed = checkpoint["elapsed_seconds"]
+
+    def validation_step(self, image: Tensor, batch_index: int) -> None:
+        """Estimated rate and PSNR of one whole image at every quality level.
+
+        `val/cost` is the mean over levels of log10(bpp) - PSNR / 20, which does not change along a curve of 6 dB a
+        bit per pixel doubling and falls as the curve improves.
+        """
+        x = image.float() / 255
+        x = x[..., : x.shape[2] // 64 * 64, : x.shape[3] // 64 * 64]
+        cost = 0.0
+        for level in range(1, self.codec.levels + 1):
+            quality = torch.full((1,), level * QUALITY_STEPS, device=x.device)
+            output = self.codec.bottleneck(self.codec.transform.analysis(x, quality), quality)
+            x_hat = self.codec.transform.synthesis(output.y_hat, quality).float().clamp(0, 1)
+            bpp = output.bits.sum() / x[0, 0].numel()
+            psnr = -10 * torch.log10((x_hat - x).square().mean())
+            cost += (torch.log10(bpp) - psnr / 20).item() / self.codec.levels
+            self.log_dict({f"val/bpp_{level}": bpp, f"val/psnr_{level}": psnr}, batch_size=1)
+        self.log("val/cost", cost, batch_size=1, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        quantiles = [p for name, p in self.named_parameters() if name.endswith("quantiles")]
+        others = [p for name, p in self.named_parameters() if not name.endswith("quantiles")]
+        groups = [
+            {"params": others, "peak_lr": self.lr},
+            {"params": quantiles, "peak_lr": 10 * self.lr, "adam_only": True},
+        ]
+        optimizer = MuonAdam([g for g in groups if g["params"]], lr=self.lr, cuda_graph=self.cuda_graph)
+        return optimizer
