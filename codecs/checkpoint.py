@@ -94,14 +94,18 @@ def read_info(folder: Path) -> CheckpointInfo:
     except OSError as error:
         raise CheckpointError(f"{folder} is no checkpoint: {error.strerror} ({error.filename})") from None
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}): restore or export the checkpoint again") from None
+        raise CheckpointError(
+            f"{path} is damaged ({error!r}): restore or export the checkpoint again"
+        ) from None
 
 
 @lru_cache(maxsize=1)
 def _shipped() -> tuple[CheckpointInfo, ...]:
     import compand.checkpoints
 
-    folders = [path.parent for root in compand.checkpoints.__path__ for path in Path(root).glob("*-v*/config.json")]
+    folders = [
+        path.parent for root in compand.checkpoints.__path__ for path in Path(root).glob("*-v*/config.json")
+    ]
     return tuple(sorted(map(read_info, folders), key=lambda info: (info.codec_id, info.codec, info.version)))
 
 
@@ -139,7 +143,9 @@ def for_header(header: Header) -> CheckpointInfo:
     ids = {entry.codec_id: entry.name for entry in registry.entries()}
     codec = header.codec_name or ids.get(header.codec_id)
     if codec is None:
-        raise CheckpointError(f"file needs codec id {header.codec_id}, unknown here: a newer compand may have it")
+        raise CheckpointError(
+            f"file needs codec id {header.codec_id}, unknown here: a newer compand may have it"
+        )
     raise CheckpointError(
         f"file needs a {codec} checkpoint with symbols fingerprint {header.symbols.hex()}, not installed here: "
         "give its folder with --codec, or upgrade compand"
@@ -147,8 +153,10 @@ def for_header(header: Header) -> CheckpointInfo:
 
 
 def matches(info: CheckpointInfo, header: Header) -> bool:
-    """Whether a checkpoint's tables are the ones that a file was written with (a compact header has two bytes of four)."""
-    same_codec = info.codec_id == header.codec_id and (header.codec_id != 0 or info.codec == header.codec_name)
+    """Whether a file was written with a checkpoint's tables (of whose fingerprint a compact header has two bytes)."""
+    same_codec = info.codec_id == header.codec_id and (
+        header.codec_id != 0 or info.codec == header.codec_name
+    )
     return same_codec and info.symbols.startswith(header.symbols)
 
 

@@ -162,7 +162,9 @@ def encode(
 
     def prepare() -> files.Work:
         import compand
+        from compand.allocator import tune_allocator
 
+        tune_allocator()
         model = compand.load(codec, device=device)
 
         def work(job: files.Job, progress: files.Progress) -> files.Done:
@@ -295,7 +297,9 @@ def _share_threads(workers: int) -> Callable[[], None]:
 def _decoders(device: str, codec: str | None) -> Callable[[bytes], Codec]:
     """A function from a file's bytes to the codec that decodes it, each loaded once."""
     import compand
+    from compand.allocator import tune_allocator
 
+    tune_allocator()
     if codec is not None:
         model = compand.load(codec, device=device)
         return lambda data: model

@@ -89,10 +89,16 @@ class Bottleneck(nn.Module, ABC):
 
     A bottleneck is *trainable* (floating-point densities) until `freeze()` has made its integer tables and integer
     prior; then `forward` in evaluation mode, `compress` and `decompress` use the same integers.
+
+    Attributes:
+        latent_channels: channels M of the latent y.
+        encoder_parts: prefixes of the parameters that decoding does not need.
+        coarse_parts: prefixes of convolution kernels that a checkpoint may keep in 8 bits.
     """
 
     latent_channels: int
     encoder_parts: tuple[str, ...]
+    coarse_parts: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, y: Tensor, quality: Tensor) -> BottleneckOutput:
@@ -125,6 +131,11 @@ class Bottleneck(nn.Module, ABC):
         """
 
     @abstractmethod
+    def thaw(self, arrays: Mapping[str, NDArray[np.int32]]) -> None:
+        """Sets trainable parameters from the integers of a frozen state, as far as they determine them, so that
+        training can go on from a released checkpoint."""
+
+    @abstractmethod
     def frozen_arrays(self) -> dict[str, NDArray[np.int32]]:
         """All integers that decide symbols; their bytes make the symbols fingerprint."""
 
@@ -149,7 +160,6 @@ def level_table_at(table: Tensor, quality: Tensor) -> Tensor:
     return torch.lerp(table[low], table[(low + 1).clamp(max=table.shape[0] - 1)], fraction)
 
 
-
 def subset(arrays: Mapping[str, T], prefix: str) -> dict[str, T]:
     """The entries whose name starts with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
@@ -162,8 +172,8 @@ class Codec(nn.Module, ABC):
 
     Attributes:
         transform, bottleneck: the parts.
-        lambdas: Lagrange multiplier of each quality level, for R in bits per pixel and D = 255^2 x mean squared error of
-            samples in [0, 1].
+        lambdas: Lagrange multiplier of each quality level, for R in bits per pixel and D = 255^2 x mean squared
+            error of samples in [0, 1].
         architecture: constructor arguments, as config.json keeps them.
         info: the checkpoint this codec was loaded from; None while it is being trained.
     """
@@ -204,7 +214,9 @@ class Codec(nn.Module, ABC):
         """The floating-point tensors that decoding uses; their bytes make the synthesis fingerprint."""
         encoder = [f"transform.{part}" for part in self.transform.encoder_parts]
         encoder += [f"bottleneck.{part}" for part in self.bottleneck.encoder_parts]
-        return {name: value for name, value in self.state_dict().items() if not name.startswith(tuple(encoder))}
+        return {
+            name: value for name, value in self.state_dict().items() if not name.startswith(tuple(encoder))
+        }
 
     @abstractmethod
     def encode(

@@ -102,6 +102,7 @@ def run(output: Path, *, quality: float = 4.0, device: str = "auto", force: bool
         MediaError: an output exists (without `force`) or cannot be written, or the photograph is missing.
     """
     import compand
+    from compand.allocator import tune_allocator
     from compand.pictures import read_picture
 
     bitstream = output.with_suffix(".cpd")
@@ -111,6 +112,7 @@ def run(output: Path, *, quality: float = 4.0, device: str = "auto", force: bool
         check_target(target, force=force)
     picture = read_picture(photograph(), strip=True)
     original = picture.pixels
+    tune_allocator()
     codec = compand.load(device=device)
     data = codec.encode(picture, quality=quality)
     decoded = codec.decode(data).pixels

@@ -10,7 +10,7 @@ from compand.bottlenecks.hyperprior import HyperpriorBottleneck
 from compand.image_codec import ImageCodec
 from compand.transforms.patch import PatchTransform
 
-STAGES = ((8, 224, 4), (16, 288, 2))
+STAGES = ((8, 224, 5), (16, 256, 2))
 
 
 def geometric_levels(low: float, high: float, levels: int) -> list[float]:

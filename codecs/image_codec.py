@@ -140,11 +140,10 @@ class ImageCodec(Codec):
         quality = content.header.settings[0]
         # Zeros take no memory until they are written.
         pixels = np.zeros((geometry.height, geometry.width, geometry.channels), dtype=np.uint8)
-        done, total = 0, content.header.chunk_count()
-        for tile, window in self._windows(content, grid, partial):
+        total = content.header.chunk_count()
+        for done, (tile, window) in enumerate(self._windows(content, grid, partial), start=1):
             area = np.s_[tile.top : tile.bottom, tile.left : tile.right]
             pixels[area] = 128 if window is None else self._synthesise(window, tile, quality, geometry)
-            done += 1
             if progress is not None:
                 progress(done, total)
         alpha, icc = self._read_extras(content, geometry, partial)
@@ -175,7 +174,9 @@ class ImageCodec(Codec):
         grid = tile_rows(picture.height, picture.width, _chunk_size(picture.height, picture.width))
         levels = torch.tensor([level], device=self.device)
         return sum(
-            float(self.bottleneck(self.analyse(picture.pixels, tile, level), levels).bits) for row in grid for tile in row
+            float(self.bottleneck(self.analyse(picture.pixels, tile, level), levels).bits)
+            for row in grid
+            for tile in row
         )
 
     # ------------------------------------------------------------------------------------------------- encoding
@@ -210,11 +211,19 @@ class ImageCodec(Codec):
         return container.write(header, chunks, extras, compact=compact)
 
     def analyse(self, pixels: NDArray[np.uint8], tile: Tile, level: int) -> Tensor:
-        """y of one tile of uint8 pixels [H, W, 1 | 3], computed with its surroundings: [1, M, h, w]. `level` in 1/32."""
+        """y of one tile, [1, M, h, w], computed with its surroundings.
+
+        Args:
+            pixels: the whole picture, uint8 [H, W, 1 | 3].
+            level: quality in 1/32 level.
+        """
         stride, context = self.transform.stride, self.transform.context
         top, left = max(tile.top - context, 0), max(tile.left - context, 0)
         window = pixels[top : tile.bottom + context, left : tile.right + context]
-        x = torch.from_numpy(np.ascontiguousarray(window)).to(self.device).permute(2, 0, 1)[None].float() / 255
+        x = (
+            torch.from_numpy(np.ascontiguousarray(window)).to(self.device).permute(2, 0, 1)[None].float()
+            / 255
+        )
         x = F.pad(x, (0, -x.shape[3] % stride, 0, -x.shape[2] % stride), mode="replicate")
         x = x.expand(1, 3, *x.shape[2:]).contiguous(memory_format=torch.channels_last)
         y = self.transform.analysis(x, torch.tensor([level], device=self.device))
@@ -226,7 +235,9 @@ class ImageCodec(Codec):
 
     def _frozen_info(self) -> checkpoint.CheckpointInfo:
         if self.info is None:
-            raise CheckpointError("this codec was not loaded from a checkpoint: export it and use compand.load")
+            raise CheckpointError(
+                "this codec was not loaded from a checkpoint: export it and use compand.load"
+            )
         return self.info
 
     def _read(self, data: bytes, partial: bool) -> tuple[Container, ImageGeometry, list[list[Tile]]]:
@@ -242,9 +253,13 @@ class ImageCodec(Codec):
             raise BitstreamError(f"header does not describe a picture of {info.codec}: the file is damaged")
         edge = header.chunk_size or max(geometry.height, geometry.width)
         if edge > MAX_TILE:
-            raise BitstreamError(f"header asks for tiles of {edge} pixels, beyond {MAX_TILE}: the file is damaged")
+            raise BitstreamError(
+                f"header asks for tiles of {edge} pixels, beyond {MAX_TILE}: the file is damaged"
+            )
         if not QUALITY_STEPS <= header.settings[0] <= self.levels * QUALITY_STEPS:
-            raise BitstreamError(f"header asks for quality {header.settings[0] / QUALITY_STEPS:g}: the file is damaged")
+            raise BitstreamError(
+                f"header asks for quality {header.settings[0] / QUALITY_STEPS:g}: the file is damaged"
+            )
         return content, geometry, tile_rows(geometry.height, geometry.width, header.chunk_size)
 
     @torch.inference_mode()

@@ -42,7 +42,9 @@ class CodecEntry:
 
 
 _ENTRIES = [
-    CodecEntry(1, "hyperprior", "image", "compand.hyperprior:HyperpriorCodec", "mean-scale Gaussian hyperprior"),
+    CodecEntry(
+        1, "hyperprior", "image", "compand.hyperprior:HyperpriorCodec", "mean-scale Gaussian hyperprior"
+    ),
     CodecEntry(2, "factorized", "image", "compand.hyperprior:FactorizedCodec", "fully factorised prior"),
 ]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,6 +16,9 @@ from compand import registry
 from compand.checkpoint import FROZEN, CheckpointInfo, fingerprint
 from compand.codec import Codec, subset
 from compand.errors import CheckpointError, UsageError
+
+SCALE = ".scale"
+"""Suffix of the scales, one for each pair of channels, of a kernel that is kept in 8 bits."""
 
 
 def choose_device(device: str) -> torch.device:
@@ -25,7 +29,9 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device} cannot be used here ({str(error).splitlines()[0]}): try --device cpu") from None
+        raise UsageError(
+            f"device {device} cannot be used here ({str(error).splitlines()[0]}): try --device cpu"
+        ) from None
     return chosen
 
 
@@ -51,7 +57,9 @@ def _fingerprints(codec: Codec, tensors: dict[str, Tensor]) -> tuple[bytes, byte
 def save(codec: Codec, folder: Path) -> None:
     """Writes model.safetensors and config.json of a codec whose bottleneck is frozen.
 
-    Convolution kernels are stored in half precision, all else in float32 or in integers of 16 or 32 bits. Training-only parameters are left out.
+    Convolution kernels are stored in half precision or, the bottleneck's `coarse_parts`, in 8 bits with a scale for
+    each pair of channels; all else in float32 or in integers of 16 or 32 bits. What only
+    training needs is left out.
 
     Raises:
         CheckpointError: the folder holds a checkpoint already; a released version never changes.
@@ -60,13 +68,22 @@ def save(codec: Codec, folder: Path) -> None:
         raise CheckpointError(f"{folder} holds a checkpoint already: export to a new version")
     bare = type(codec)(**codec.architecture, trainable=False)
     state = codec.state_dict()
-    tensors = {
-        name: (state[name].half() if state[name].ndim == 4 else state[name].float()).cpu().contiguous()
-        for name in bare.state_dict()
-    }
+    coarse = tuple(f"bottleneck.{part}" for part in codec.bottleneck.coarse_parts)
+    tensors: dict[str, Tensor] = {}
+    for name in bare.state_dict():
+        value = state[name].detach().float().cpu()
+        if value.ndim == 4 and coarse and name.startswith(coarse):
+            scale = (value.abs().amax((2, 3), keepdim=True) / 127).clamp(min=6e-8).half()
+            tensors[name + SCALE] = scale
+            tensors[name] = torch.round(value / scale.float()).clamp(-127, 127).to(torch.int8)
+        else:
+            tensors[name] = value.half() if value.ndim == 4 else value
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
     for name, array in codec.bottleneck.frozen_arrays().items():
         narrow = array.astype(np.int16)
-        tensors[FROZEN + name] = torch.from_numpy(narrow if np.array_equal(narrow, array) else array).contiguous()
+        tensors[FROZEN + name] = torch.from_numpy(
+            narrow if np.array_equal(narrow, array) else array
+        ).contiguous()
     symbols, synthesis = _fingerprints(bare, tensors)
     config = {
         "codec": codec.name,
@@ -79,6 +96,43 @@ def save(codec: Codec, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(info: CheckpointInfo) -> dict[str, Tensor]:
+    path = info.path / "model.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be loaded ({error}): restore the checkpoint") from None
+
+
+def _floats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: value.float() * tensors.get(name + SCALE, 1.0)
+        for name, value in tensors.items()
+        if not name.startswith(FROZEN) and not name.endswith(SCALE)
+    }
+
+
+def _integers(tensors: dict[str, Tensor]) -> dict[str, NDArray[np.int32]]:
+    return {name: value.int().numpy() for name, value in subset(tensors, FROZEN).items()}
+
+
+def warm_start(codec: Codec, info: CheckpointInfo) -> None:
+    """Gives a trainable codec the weights of a checkpoint, as far as names and shapes agree.
+
+    The checkpoint may belong to another codec with the same transform. Raises CheckpointError if nothing fits.
+    """
+    tensors = _read(info)
+    own = codec.state_dict()
+    shared = {name: v for name, v in _floats(tensors).items() if name in own and own[name].shape == v.shape}
+    if not shared:
+        raise CheckpointError(
+            f"{info.name} has no weights in common with this {codec.name}: check its architecture"
+        )
+    codec.load_state_dict(shared, strict=False)
+    if info.codec == codec.name:
+        codec.bottleneck.thaw(_integers(tensors))
 
 
 def build(info: CheckpointInfo, device: str, *, reduced: bool | None = None) -> Codec:
@@ -94,12 +148,12 @@ def build(info: CheckpointInfo, device: str, *, reduced: bool | None = None) -> 
     """
     place = choose_device(device)
     path = info.path / "model.safetensors"
+    tensors = _read(info)
     try:
-        tensors = load_file(path)
         codec = registry.by_name(info.codec).load_class()(**info.architecture, trainable=False)
-    except (OSError, SafetensorError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be loaded ({error}): restore the checkpoint") from None
-    floats = {name: value.float() for name, value in tensors.items() if not name.startswith(FROZEN)}
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{info.path}/config.json does not describe a codec ({error})") from None
+    floats = _floats(tensors)
     try:
         codec.load_state_dict(floats, strict=True)
     except RuntimeError as error:
@@ -107,7 +161,9 @@ def build(info: CheckpointInfo, device: str, *, reduced: bool | None = None) -> 
         raise CheckpointError(f"{path} does not fit its config.json: {problem}") from None
     if (info.symbols, info.synthesis) != _fingerprints(codec, tensors):
         raise CheckpointError(f"{path} is not the file that its config.json names: restore the checkpoint")
-    codec.bottleneck.load_frozen({name: value.int().numpy() for name, value in subset(tensors, FROZEN).items()})
+    codec.bottleneck.load_frozen(
+        {name: value.int().numpy() for name, value in subset(tensors, FROZEN).items()}
+    )
     codec.info = info
     codec.requires_grad_(False).eval().to(place).to(memory_format=torch.channels_last)
     if reduced if reduced is not None else native_bfloat16(place):

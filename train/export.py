@@ -57,14 +57,18 @@ def count_symbols(codec: ImageCodec, images: Iterable[Path], seed: int = 0) -> l
             quality = min(max(quality, QUALITY_STEPS), codec.levels * QUALITY_STEPS)
             y = codec.analyse(pixels, tile, quality)
             for i, (indexes, symbols) in enumerate(codec.bottleneck.count(y, quality)):
-                keys, counts = np.unique((indexes.astype(np.int64) << 32) + symbols + (1 << 31), return_counts=True)
+                keys, counts = np.unique(
+                    (indexes.astype(np.int64) << 32) + symbols + (1 << 31), return_counts=True
+                )
                 tables = keys >> 32
                 values = (keys & 0xFFFFFFFF) - (1 << 31)
                 while len(totals) <= i:
                     totals.append([])
                 total = totals[i]
                 total.extend(Counter() for _ in range(int(tables.max()) + 1 - len(total)))
-                for table, value, number in zip(tables.tolist(), values.tolist(), counts.tolist(), strict=True):
+                for table, value, number in zip(
+                    tables.tolist(), values.tolist(), counts.tolist(), strict=True
+                ):
                     total[table][value] += number
     return totals
 
@@ -97,10 +101,16 @@ def next_version(root: Path, name: str) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`compand export RUN.ckpt`: see --help."""
-    parser = argparse.ArgumentParser(prog="compand export", description="Turn a training run into a checkpoint.")
+    parser = argparse.ArgumentParser(
+        prog="compand export", description="Turn a training run into a checkpoint."
+    )
     parser.add_argument("run", type=Path, help="checkpoint of the run (.ckpt)")
-    parser.add_argument("-o", "--output", type=Path, help="checkpoint folder; default: the next checkpoints/NAME-vN")
-    parser.add_argument("--data", type=Path, help="folder of training images, to count symbols for the tables")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="checkpoint folder; default: the next checkpoints/NAME-vN"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="folder of training images, to count symbols for the tables"
+    )
     parser.add_argument("--images", type=int, default=200, help="how many of them to use (default 200)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     arguments = parser.parse_args(argv)

@@ -45,7 +45,9 @@ class CropDataset(IterableDataset[Tensor]):
         seed: seed of the crops; processes of a distributed run get different ones.
     """
 
-    def __init__(self, images: list[np.ndarray], batch_size: int, crop: int, device: torch.device, seed: int) -> None:
+    def __init__(
+        self, images: list[np.ndarray], batch_size: int, crop: int, device: torch.device, seed: int
+    ) -> None:
         kept = [image for image in images if min(image.shape[:2]) >= crop]
         if not kept:
             raise MediaError(f"no image has both edges of at least {crop} pixels; lower --data.crop")
@@ -105,7 +107,12 @@ class ImageFolder(pl.LightningDataModule):
         super().__init__()
         self.save_hyperparameters()
         self.root, self.batch_size, self.crop, self.held_out = root, batch_size, crop, held_out
-        self.reduce, self.keep_on_device, self.validation, self.seed = reduce, keep_on_device, validation, seed
+        self.reduce, self.keep_on_device, self.validation, self.seed = (
+            reduce,
+            keep_on_device,
+            validation,
+            seed,
+        )
         self._train: list[np.ndarray] = []
         self._held_out: list[np.ndarray] = []
 
@@ -124,7 +131,11 @@ class ImageFolder(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         trainer = self.trainer
-        device = trainer.strategy.root_device if trainer is not None and self.keep_on_device else torch.device("cpu")
+        device = (
+            trainer.strategy.root_device
+            if trainer is not None and self.keep_on_device
+            else torch.device("cpu")
+        )
         rank = trainer.global_rank if trainer is not None else 0
         # The step count shifts the seed so that a resumed run does not see its first crops again.
         step = trainer.global_step if trainer is not None else 0

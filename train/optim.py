@@ -69,7 +69,9 @@ class MuonAdam(torch.optim.Optimizer):
         adam_only: bool = False,
         cuda_graph: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "adam_only": adam_only})
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "adam_only": adam_only}
+        )
         self.cuda_graph = cuda_graph
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = 0
@@ -98,7 +100,9 @@ class MuonAdam(torch.optim.Optimizer):
             self._rates.append(torch.zeros((), device=group["params"][0].device))
 
     def _update(self) -> None:
-        for group, rate, stacks, rest in zip(self.param_groups, self._rates, self._stacks, self._rest, strict=True):
+        for group, rate, stacks, rest in zip(
+            self.param_groups, self._rates, self._stacks, self._rest, strict=True
+        ):
             for stack in stacks:
                 gradients = [p.grad for p in stack.parameters]
                 moments = [self.state[p]["momentum"] for p in stack.parameters]

@@ -10,30 +10,36 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from compand.checkpoint import find
 from compand.codec import QUALITY_STEPS, Codec, level_table_at
 from compand.train.optim import MuonAdam
+from compand.weights import warm_start
 
 
 class RateDistortion(pl.LightningModule):
-    """Minimises the mean over sampled qualities of w(q) (R + lambda(q) 255^2 D), D the mean squared error of [0, 1] samples.
+    """Minimises the mean over sampled qualities q of w(q) (R + lambda(q) 255^2 D).
 
-    Every item of a batch gets its own quality, drawn uniformly from the codec's continuous range, with its Lagrange
-    multiplier interpolated geometrically between the codec's `lambdas`; w(q) = lambda(q)^-1/2, scaled to 1 at the middle,
-    keeps the high rates from drowning the low ones (a relative saving counts about the same at every rate). The
-    auxiliary loss of the factorised density's quantiles is added; its gradient reaches the quantiles alone.
+    R is in bits per pixel, D the mean squared error of samples in [0, 1]. Every item of a batch gets its own quality,
+    drawn uniformly from the codec's continuous range, with its Lagrange multiplier interpolated geometrically between
+    the codec's `lambdas`; w(q) = lambda(q)^-1/2, scaled to 1 at the middle, keeps the high rates from drowning the low
+    ones (a relative saving counts about the same at every rate). The auxiliary loss of the factorised density's
+    quantiles is added; its gradient reaches the quantiles alone.
 
     On one CUDA device the forward and backward pass are captured as a CUDA graph, since a step at these model sizes is
     bound by kernel launches.
 
     Args:
         codec: the codec to train, in its trainable state.
-        lr: peak learning rate; linear warm-up, then cosine decay to `final_lr_fraction` of it at the trainer's `max_steps`.
+        lr: peak learning rate; linear warm-up, then cosine decay at the trainer's `max_steps`.
+        final_lr_fraction: what the decay leaves of it.
         warmup_steps: steps of warm-up.
         clip: largest gradient norm.
         cuda_graph: whether to capture graphs where possible.
-        compile: whether to compile the transform with `torch.compile`.
-        minutes: time limit; the learning rate then decays by steps or by time, whichever is further on, and training ends
-            with the schedule.
+        compile_transform: whether to compile the transform with `torch.compile`.
+        minutes: time limit; the learning rate then decays by steps or by time, whichever is further on, and training
+            ends with the schedule.
+        start_from: checkpoint (name or folder) whose weights the codec takes over where they fit.
+        train_transform: False keeps the transform and the gains as they are and trains the rest of the bottleneck.
     """
 
     def __init__(
@@ -44,16 +50,29 @@ class RateDistortion(pl.LightningModule):
         warmup_steps: int = 200,
         clip: float = 1.0,
         cuda_graph: bool = True,
-        compile: bool = False,
+        compile_transform: bool = False,
         minutes: float | None = None,
+        start_from: str | None = None,
+        train_transform: bool = True,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.codec = codec
-        self.lr, self.final_lr_fraction, self.warmup_steps, self.clip = lr, final_lr_fraction, warmup_steps, clip
+        if start_from is not None:
+            warm_start(codec, find(start_from))
+        if not train_transform:
+            codec.transform.requires_grad_(False)
+            codec.bottleneck.y_gain.requires_grad_(False)
+        self.lr, self.final_lr_fraction, self.warmup_steps, self.clip = (
+            lr,
+            final_lr_fraction,
+            warmup_steps,
+            clip,
+        )
         self.cuda_graph = cuda_graph
+        self.log2_lambdas: Tensor
         self.register_buffer("log2_lambdas", torch.tensor(codec.lambdas).log2()[:, None], persistent=False)
-        self.compile_transform, self.minutes = compile, minutes
+        self.compile_transform, self.minutes = compile_transform, minutes
         self._analysis, self._synthesis = codec.transform.analysis, codec.transform.synthesis
         self._elapsed = 0.0
         self._last = 0.0
@@ -73,7 +92,9 @@ class RateDistortion(pl.LightningModule):
         """crops: uint8 [batch, 3, h, w]. Returns the loss and [loss, bpp, mse] for the log."""
         x = (crops.float() / 255).contiguous(memory_format=torch.channels_last)
         levels = self.codec.levels
-        quality = QUALITY_STEPS + torch.randint(0, (levels - 1) * QUALITY_STEPS + 1, (x.shape[0],), device=x.device)
+        quality = QUALITY_STEPS + torch.randint(
+            0, (levels - 1) * QUALITY_STEPS + 1, (x.shape[0],), device=x.device
+        )
         log2_lambda = level_table_at(self.log2_lambdas, quality)[:, 0]
         bpp, mse, losses = self.evaluate(x, quality)
         weight = torch.exp2(-0.5 * (log2_lambda - self.log2_lambdas.mean()))
@@ -114,7 +135,7 @@ class RateDistortion(pl.LightningModule):
 
     def training_step(self, crops: Tensor, batch_index: int) -> None:
         graphed = self.cuda_graph and crops.is_cuda and self.trainer.world_size == 1
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers()
         self._set_learning_rate(optimizer)
         if graphed:
             shown = self._captured_backward(crops)
@@ -134,7 +155,10 @@ class RateDistortion(pl.LightningModule):
         self._last = time.monotonic()
         if self.compile_transform:
             transform = self.codec.transform
-            self._analysis, self._synthesis = torch.compile(transform.analysis), torch.compile(transform.synthesis)
+            self._analysis, self._synthesis = (
+                torch.compile(transform.analysis),
+                torch.compile(transform.synthesis),
+            )
 
     def _set_learning_rate(self, optimizer: Any) -> None:
         now = time.monotonic()
@@ -148,6 +172,12 @@ class RateDistortion(pl.LightningModule):
         factor *= min(1, (self.global_step + 1) / self.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]
+
+    def on_train_end(self) -> None:
+        """Keeps the end of the run as well: the last weights come after the last periodic checkpoint."""
+        directory = self.trainer.checkpoint_callback and self.trainer.checkpoint_callback.dirpath
+        if directory:
+            self.trainer.save_checkpoint(f"{directory}/final.ckpt")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["elapsed_seconds"] = self._elapsed
@@ -182,5 +212,4 @@ class RateDistortion(pl.LightningModule):
             {"params": others, "peak_lr": self.lr},
             {"params": quantiles, "peak_lr": 10 * self.lr, "adam_only": True},
         ]
-        optimizer = MuonAdam([g for g in groups if g["params"]], lr=self.lr, cuda_graph=self.cuda_graph)
-        return optimizer
+        return MuonAdam([g for g in groups if g["params"]], lr=self.lr, cuda_graph=self.cuda_graph)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ def to_symbols(x: Tensor) -> NDArray[np.int32]:
 
 
 class FactorizedDensity(nn.Module):
-    """The non-parametric density of Balle et al. 2018 (appendix 6.1), one a channel, over compressai's EntropyBottleneck.
+    """The non-parametric density of Balle et al. 2018 (appendix 6.1), one a channel, by compressai.
 
     Raises:
         ImportError: compressai is not installed; the message says how to install it.
@@ -201,13 +200,17 @@ class FactorizedBottleneck(Bottleneck):
         """
         if self.density is None:
             raise CheckpointError("this bottleneck is frozen already")
-        masses, lows, escapes = [], [], []
+        masses: list[NDArray[np.float64]] = []
+        lows: list[int] = []
+        escapes: list[float] = []
         levels = self.y_gain.log2_gain.shape[0]
         for step in range((levels - 1) * self.TABLES_A_LEVEL + 1):
             quality = torch.tensor([QUALITY_STEPS + step * QUALITY_STEPS // self.TABLES_A_LEVEL])
             gain = self.y_gain.gain(quality.to(self.y_gain.log2_gain.device)).detach().flatten()
-            for total, part in zip((masses, lows, escapes), self.density.masses(1 / gain), strict=True):
-                total.extend(part)  # type: ignore[arg-type]
+            part = self.density.masses(1 / gain)
+            masses += part[0]
+            lows += part[1]
+            escapes += part[2]
         self.tables = blend(masses, lows, escapes, counts[0] if counts else [{}] * len(masses))
 
     def count(self, y: Tensor, quality: int) -> list[tuple[NDArray[np.int64], NDArray[np.int32]]]:
@@ -215,6 +218,9 @@ class FactorizedBottleneck(Bottleneck):
         symbols = to_symbols(y.float() * self.y_gain.gain(self._level(quality, y)))
         indexes = self._indexes(symbols.shape[2:], quality)
         return [(np.tile(indexes, len(symbols)), symbols.ravel())]
+
+    def thaw(self, arrays: Mapping[str, NDArray[np.int32]]) -> None:
+        """Nothing: tables do not determine the density, which is learned anew within a few hundred steps."""
 
     def table_counts(self) -> list[int]:
         return [len(self._frozen())]

@@ -14,7 +14,7 @@ from compand.bottlenecks.factorized import FactorizedDensity, blend, ste_round, 
 from compand.bottlenecks.gains import GainUnit, step_gains
 from compand.codec import QUALITY_STEPS, Bottleneck, BottleneckOutput, Counts, level_table_at, subset
 from compand.coding.ans import AnsReader, AnsWriter
-from compand.coding.integer import FRACTION_BITS, IntegerNetwork, interpolate_levels, to_fixed
+from compand.coding.integer import FRACTION_BITS, WEIGHT_BITS, IntegerNetwork, interpolate_levels, to_fixed
 from compand.coding.tables import TableSet
 from compand.errors import CheckpointError
 
@@ -73,6 +73,7 @@ class HyperpriorBottleneck(Bottleneck):
     """
 
     encoder_parts = ("hyper_analysis", "z_gain")
+    coarse_parts = ("hyper_analysis",)
 
     def __init__(
         self,
@@ -182,7 +183,9 @@ class HyperpriorBottleneck(Bottleneck):
 
     def _encode(
         self, y: Tensor, quality: int
-    ) -> tuple[tuple[NDArray[np.int64], NDArray[np.int32]], tuple[NDArray[np.uint8], NDArray[np.int32]], Tensor]:
+    ) -> tuple[
+        tuple[NDArray[np.int64], NDArray[np.int32]], tuple[NDArray[np.uint8], NDArray[np.int32]], Tensor
+    ]:
         """Table indexes and symbols of z (shared, [batch, ...]) and of y (both [batch, ...]), and y_hat."""
         level = torch.tensor([quality], device=y.device)
         z = self.hyper_analysis(_padded(y)).float() * self.z_gain.gain(level)
@@ -216,7 +219,7 @@ class HyperpriorBottleneck(Bottleneck):
         """Makes the integer prior and the integer tables from the trained densities.
 
         Args:
-            counts: how often each symbol was seen with each table of z and of y (see `count`); None: the densities alone.
+            counts: how often each symbol was seen with each table of z and of y; None: the densities alone.
         """
         if not self.trainable:
             raise CheckpointError("this bottleneck is frozen already")
@@ -238,6 +241,19 @@ class HyperpriorBottleneck(Bottleneck):
             (np.tile(z_indexes, len(z_symbols)), z_symbols.ravel()),
             (y_indexes.ravel().astype(np.int64), y_symbols.ravel()),
         ]
+
+    @torch.no_grad()
+    def thaw(self, arrays: Mapping[str, NDArray[np.int32]]) -> None:
+        """Restores h_s and the shift of log2 sigma; the density of z is learned anew within a few hundred steps."""
+        layers = [part for part in self.hyper_synthesis if isinstance(part, nn.Conv2d)]
+        for layer, exact in zip(
+            layers, IntegerNetwork.from_arrays(subset(arrays, "prior.")).layers, strict=True
+        ):
+            layer.weight.copy_(exact.weight / (1 << WEIGHT_BITS))
+            assert layer.bias is not None
+            layer.bias.copy_(exact.bias.flatten() / (1 << (WEIGHT_BITS + FRACTION_BITS)))
+        shift = torch.from_numpy(arrays["shift"]).double() / (1 << FRACTION_BITS)
+        self.scale_offset.copy_(shift - self.y_gain.log2_gain)
 
     def table_counts(self) -> list[int]:
         return [len(tables) for tables in self._frozen()]

@@ -70,10 +70,14 @@ class IntegerConvolution(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor, shuffle: int = 1, rectify: bool = True) -> None:
         super().__init__()
         if weight.ndim != 4 or bias.shape != weight.shape[:1] or weight.shape[2] != weight.shape[3]:
-            raise CheckpointError(f"integer layer of shapes {list(weight.shape)} and {list(bias.shape)} is malformed")
+            raise CheckpointError(
+                f"integer layer of shapes {list(weight.shape)} and {list(bias.shape)} is malformed"
+            )
         reach = weight.double().abs().sum((1, 2, 3)) * ACTIVATION_LIMIT + bias.double().abs()
         if float(reach.max()) >= ACCUMULATOR_LIMIT:
-            raise CheckpointError(f"an integer layer can reach {float(reach.max()):.3g}: its weights must be smaller")
+            raise CheckpointError(
+                f"an integer layer can reach {float(reach.max()):.3g}: its weights must be smaller"
+            )
         self.register_buffer("weight", weight.double(), persistent=False)
         self.register_buffer("bias", bias.double()[:, None, None], persistent=False)
         self.shuffle, self.rectify = shuffle, rectify
@@ -118,7 +122,9 @@ class IntegerNetwork(nn.Module):
             elif isinstance(part, nn.ReLU) and layers:
                 layers[-1]["rectify"] = True
             else:
-                raise CheckpointError(f"a {type(part).__name__} layer has no integer form; use Conv2d, PixelShuffle, ReLU")
+                raise CheckpointError(
+                    f"a {type(part).__name__} layer has no integer form; use Conv2d, PixelShuffle, ReLU"
+                )
         return cls([IntegerConvolution(**layer) for layer in layers])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,10 @@ class Stage:
 
 
 class DepthwiseBlock(nn.Module):
-    """x + W2 act(W1 (dw(x))): a k x k depth-wise convolution, then a point-wise network of `expansion` times the width.
+    """x + W2 gelu(W1 dw(x)): a k x k depth-wise convolution, then a point-wise network `expansion` times as wide.
 
-    The block of ConvNeXt (Liu et al. 2022, figure 4) without its normalisation, which would discard the amplitude that a
-    codec has to carry.
+    The block of ConvNeXt (Liu et al. 2022, figure 4) without its normalisation, which would discard the amplitude
+    that a codec has to carry.
     """
 
     def __init__(self, channels: int, kernel: int = 5, expansion: int = 3) -> None:
@@ -51,8 +52,8 @@ class DepthwiseBlock(nn.Module):
 class LevelScale(nn.Module):
     """Multiplies every channel by a factor that depends on the quality level, so that one network serves all rates.
 
-    The channel-wise gain of Cui et al. 2021 ("Asymmetric gained deep image compression with continuous rate adaptation",
-    section 3) put inside the transform; interpolated linearly between levels.
+    The channel-wise gain of Cui et al. 2021 ("Asymmetric gained deep image compression with continuous rate
+    adaptation", section 3) put inside the transform; interpolated linearly between levels.
     """
 
     def __init__(self, levels: int, channels: int) -> None:
@@ -71,7 +72,11 @@ def pixel_unshuffle(x: Tensor, factor: int) -> Tensor:
     """
     b, c, h, w = x.shape
     x = x.permute(0, 2, 3, 1).reshape(b, h // factor, factor, w // factor, factor, c)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(b, h // factor, w // factor, factor * factor * c).permute(0, 3, 1, 2)
+    return (
+        x.permute(0, 1, 3, 2, 4, 5)
+        .reshape(b, h // factor, w // factor, factor * factor * c)
+        .permute(0, 3, 1, 2)
+    )
 
 
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
@@ -95,7 +100,9 @@ def dct_patch_basis(stride: int, latent_channels: int) -> Tensor:
     basis = torch.cos(math.pi * (n[None, :] + 0.5) * n[:, None] / stride) * math.sqrt(2 / stride)
     basis[0] /= math.sqrt(2)
     colour = torch.linalg.qr(
-        torch.tensor([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]], dtype=torch.float64).T
+        torch.tensor(
+            [[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]], dtype=torch.float64
+        ).T
     )[0].T
     radius = (n[:, None] ** 2 + n[None, :] ** 2).flatten()
     chroma = latent_channels // 6
@@ -115,10 +122,10 @@ class PatchTransform(Transform):
       \\----------------- unshuffle -> 1x1 (starts as a DCT) --------------/
     ```
 
-    Each stage folds pixels into channels and works on them with `DepthwiseBlock`s, so that nearly all arithmetic is dense
-    matrix products on few positions: fast on a CPU and on a GPU alike. The linear path, which starts as a block DCT
-    while the nonlinear path starts at zero, makes the untrained codec a usable transform coder and carries the
-    low frequencies ever after, in the spirit of the auxiliary linear transforms of Li et al. 2025 (AuxT, arXiv 2501.13751).
+    Each stage folds pixels into channels and works on them with `DepthwiseBlock`s, so that nearly all arithmetic is
+    dense matrix products on few positions: fast on a CPU and on a GPU alike. The linear path, which starts as a block
+    DCT while the nonlinear path starts near zero, makes the untrained codec a usable transform coder and carries the
+    low frequencies ever after, in the spirit of the auxiliary transforms of Li et al. 2025 (AuxT, arXiv 2501.13751).
     Synthesis mirrors analysis.
 
     Args:
@@ -151,7 +158,7 @@ class PatchTransform(Transform):
         reach = sum(stage.stride * stage.depth * (kernel // 2) for stage in stages)
         self.context = math.ceil(reach / self.stride) * self.stride
 
-        self.folds = [stages[0].stride] + [b.stride // a.stride for a, b in zip(stages, stages[1:], strict=False)]
+        self.folds = [stages[0].stride] + [b.stride // a.stride for a, b in pairwise(stages)]
         widths = [3] + [stage.channels for stage in stages]
         self.analysis_fold = nn.ModuleList(
             nn.Conv2d(fold**2 * a, b, 1) for fold, a, b in zip(self.folds, widths, widths[1:], strict=False)
@@ -162,11 +169,14 @@ class PatchTransform(Transform):
 
         def blocks() -> nn.ModuleList:
             return nn.ModuleList(
-                nn.Sequential(*(DepthwiseBlock(s.channels, kernel, expansion) for _ in range(s.depth))) for s in stages
+                nn.Sequential(*(DepthwiseBlock(s.channels, kernel, expansion) for _ in range(s.depth)))
+                for s in stages
             )
 
         def scales() -> nn.ModuleList:
-            return nn.ModuleList(LevelScale(levels, s.channels) if level_scales else nn.Identity() for s in stages)
+            return nn.ModuleList(
+                LevelScale(levels, s.channels) if level_scales else nn.Identity() for s in stages
+            )
 
         self.analysis_blocks, self.synthesis_blocks = blocks(), blocks()
         self.level_scales = level_scales
