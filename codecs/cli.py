@@ -559,22 +559,16 @@ PASS_ON: dict[str, Any] = {
 @app.command(**PASS_ON)
 def train(context: typer.Context) -> None:
     """Train a codec (needs the extra: pip install "compand[train]")."""
-    _hand_over("compand.train.cli", "train", context.args)
+    _hand_over("compand.train.cli", context.args)
 
 
 @app.command(**PASS_ON)
 def export(context: typer.Context) -> None:
     """Turn a trained model into a checkpoint (needs the extra: pip install "compand[train]")."""
-    _hand_over("compand.train.export", "train", context.args)
+    _hand_over("compand.train.export", context.args)
 
 
-@app.command("eval", **PASS_ON)
-def evaluate(context: typer.Context) -> None:
-    """Measure codecs (needs the extra: pip install "compand[eval]")."""
-    _hand_over("compand.eval.cli", "eval", context.args)
-
-
-def _hand_over(module: str, extra: str, arguments: list[str]) -> None:
+def _hand_over(module: str, arguments: list[str]) -> None:
     """Run another command line in this process. Signals are its own; unexpected errors keep tracebacks."""
     files.default_signals()
     try:
@@ -582,7 +576,7 @@ def _hand_over(module: str, extra: str, arguments: list[str]) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "compand":
             raise
-        raise UsageError(f'{error.name} is not installed: pip install "compand[{extra}]"') from error
+        raise UsageError(f'{error.name} is not installed: pip install "compand[train]"') from error
     try:
         entry.main(arguments)
     except CompandError:

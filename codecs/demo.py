@@ -6,7 +6,6 @@ The photograph is Grace Hopper's portrait (public domain), which ships with matp
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from compand.errors import MediaError, UsageError
 from compand.files import atomic_write, check_target
+from compand.pictures import psnr, read_picture
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -63,16 +63,6 @@ def photograph() -> Path:
     raise MediaError("the demonstration's photograph is missing: reinstall matplotlib, which ships it")
 
 
-def psnr(reference: Pixels, other: Pixels) -> float:
-    """Peak signal-to-noise ratio in dB of 8-bit pixels of equal shape, infinite for equal ones.
-
-    >>> round(psnr(np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)), 3)
-    0.0
-    """
-    error = float(np.mean((reference.astype(np.float64) - other.astype(np.float64)) ** 2))
-    return 10 * math.log10(255**2 / error) if error else math.inf
-
-
 def classical(pixels: Pixels, pillow_format: str, setting: int) -> Coded:
     """Encode and decode with Pillow. pixels: [H, W, 3]; setting: 1 to 100."""
     stream = io.BytesIO()
@@ -103,7 +93,6 @@ def run(output: Path, *, quality: float = 4.0, device: str = "auto", force: bool
     """
     import compand
     from compand.allocator import tune_allocator
-    from compand.pictures import read_picture
 
     bitstream = output.with_suffix(".cpd")
     if output.suffix.lower() not in Image.registered_extensions():

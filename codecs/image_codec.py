@@ -19,6 +19,7 @@ from compand.coding import container
 from compand.coding.container import Container, Extra, ExtraKind, Header, ImageGeometry
 from compand.errors import BitstreamError, CheckpointError, CompandError, UsageError
 from compand.pictures import Picture, as_picture, decode_alpha, encode_alpha
+from compand.pictures import psnr as psnr_of
 
 TILE = 1024
 """Edge of the tiles into which larger pictures are cut, in pixels."""
@@ -107,7 +108,7 @@ class ImageCodec(Codec):
             files[level] = data = self._encode(picture, level, compact, progress)
             if bpp is not None:
                 return 8 * len(data) > bpp * picture.height * picture.width
-            return _psnr(picture.pixels, self.decode(data).pixels) >= float(psnr or 0)
+            return psnr_of(picture.pixels, self.decode(data).pixels) >= float(psnr or 0)
 
         # The first level for which `reaches` holds, `high + 1` if there is none.
         first, last = low, high + 1
@@ -120,7 +121,7 @@ class ImageCodec(Codec):
             if bpp is not None:
                 reached = f"{8 * len(extreme) / (picture.height * picture.width):.3f} bpp is the least"
                 raise CompandError(f"{bpp:g} bpp cannot be reached for this picture: {reached}; allow more")
-            reached = f"{_psnr(picture.pixels, self.decode(extreme).pixels):.2f} dB is the most"
+            reached = f"{psnr_of(picture.pixels, self.decode(extreme).pixels):.2f} dB is the most"
             raise CompandError(f"{psnr:g} dB cannot be reached for this picture: {reached}; ask for less")
         return files[wanted]
 
@@ -250,16 +251,12 @@ class ImageCodec(Codec):
             )
         geometry = header.geometry
         if not isinstance(geometry, ImageGeometry) or len(header.settings) != 1:
-            raise BitstreamError(f"header does not describe a picture of {info.codec}: the file is damaged")
+            raise _implausible(f"it does not describe a picture of {info.codec}")
         edge = header.chunk_size or max(geometry.height, geometry.width)
         if edge > MAX_TILE:
-            raise BitstreamError(
-                f"header asks for tiles of {edge} pixels, beyond {MAX_TILE}: the file is damaged"
-            )
+            raise _implausible(f"it asks for tiles of {edge} pixels, beyond {MAX_TILE}")
         if not QUALITY_STEPS <= header.settings[0] <= self.levels * QUALITY_STEPS:
-            raise BitstreamError(
-                f"header asks for quality {header.settings[0] / QUALITY_STEPS:g}: the file is damaged"
-            )
+            raise _implausible(f"it asks for quality {header.settings[0] / QUALITY_STEPS:g}")
         return content, geometry, tile_rows(geometry.height, geometry.width, header.chunk_size)
 
     @torch.inference_mode()
@@ -267,12 +264,12 @@ class ImageCodec(Codec):
         """y_hat of one tile, [M, h, w]. Raises BitstreamError that names the chunk."""
         payload = content.chunks[tile.index]
         if payload is None:
-            raise BitstreamError("chunk is damaged", chunk=tile.index)
+            raise BitstreamError("the chunk is damaged", chunk=tile.index, offset=content.offsets[tile.index])
         try:
             shape = tile.latent_shape(self.transform.stride)
             return self.bottleneck.decompress([payload], shape, content.header.settings[0])[0]
         except BitstreamError as error:
-            raise BitstreamError(str(error), chunk=tile.index) from None
+            raise BitstreamError(str(error), chunk=tile.index, offset=content.offsets[tile.index]) from None
 
     def _windows(
         self, content: Container, grid: Sequence[Sequence[Tile]], partial: bool
@@ -358,7 +355,5 @@ def _chunk_size(height: int, width: int) -> int:
     return TILE if max(height, width) > TILE else 0
 
 
-def _psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """PSNR in dB; infinite for equal pictures."""
-    error = float(np.mean(np.square(a.astype(np.float32) - b.astype(np.float32)), dtype=np.float64))
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+def _implausible(fact: str) -> BitstreamError:
+    return BitstreamError(f"the header is damaged, {fact}: get an intact copy", offset=0)

@@ -14,6 +14,7 @@ What becomes of a file's properties:
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 import sys
@@ -36,6 +37,7 @@ MAX_KEPT_PROFILE = 4096
 """Largest ICC profile that travels with a picture, in bytes; a larger one is applied to the pixels."""
 
 _BLOCK_PIXELS = 2**20  # converted at a time, so that no step holds a second copy of a large image
+_PSNR_ROWS = 256  # compared at a time, so that squares of a large picture need little memory
 _NEAR_SRGB = 2  # largest difference from sRGB, in 8-bit levels, of a profile that counts as sRGB
 _ALPHA_FORMATS = frozenset({"AVIF", "JPEG2000", "PNG", "TGA", "TIFF", "WEBP"})
 _LOSSY_FORMATS = frozenset({"AVIF", "JPEG", "WEBP"})
@@ -216,6 +218,23 @@ def as_picture(value: Any) -> Picture:
         f"{type(value).__name__} is not a picture: give a path, a Pillow image, "
         "a uint8 array [H, W, C] or a tensor [C, H, W]"
     )
+
+
+def psnr(reference: UInt8Array, other: UInt8Array) -> float:
+    """Peak signal-to-noise ratio in dB of 8-bit samples, over all channels; infinite for equal arrays.
+
+    Args:
+        reference, other: uint8 arrays of one shape, the first axis of which is gone through in parts.
+
+    >>> round(psnr(np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)), 3)
+    0.0
+    """
+    total = 0
+    for first in range(0, reference.shape[0], _PSNR_ROWS):
+        rows = slice(first, first + _PSNR_ROWS)
+        difference = reference[rows].astype(np.int64) - other[rows]
+        total += int(np.sum(difference * difference))
+    return 10 * math.log10(255**2 * reference.size / total) if total else math.inf
 
 
 def is_image_path(path: str | Path) -> bool:

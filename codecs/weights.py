@@ -132,7 +132,10 @@ def warm_start(codec: Codec, info: CheckpointInfo) -> None:
         )
     codec.load_state_dict(shared, strict=False)
     if info.codec == codec.name:
-        codec.bottleneck.thaw(_integers(tensors))
+        try:
+            codec.bottleneck.thaw(_integers(tensors))
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"prior of {info.name} does not fit this {codec.name} ({error})") from None
 
 
 def build(info: CheckpointInfo, device: str, *, reduced: bool | None = None) -> Codec:
@@ -151,8 +154,9 @@ def build(info: CheckpointInfo, device: str, *, reduced: bool | None = None) -> 
     tensors = _read(info)
     try:
         codec = registry.by_name(info.codec).load_class()(**info.architecture, trainable=False)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{info.path}/config.json does not describe a codec ({error})") from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, UsageError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise CheckpointError(f"{info.path}/config.json does not describe a codec ({problem})") from None
     floats = _floats(tensors)
     try:
         codec.load_state_dict(floats, strict=True)

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,8 @@ def load_run(path: Path) -> tuple[ImageCodec, dict[str, Any]]:
         state = run["state_dict"]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} is no checkpoint of `compand train` ({error})") from None
+    except (KeyError, TypeError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise CheckpointError(f"{path} is no checkpoint of `compand train`: give a .ckpt file of a run") from error
     prefix = "codec."
     codec.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     return codec, {"steps": run["global_step"], "minutes": run["elapsed_seconds"] / 60}

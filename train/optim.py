@@ -91,7 +91,9 @@ class MuonAdam(torch.optim.Optimizer):
                 if group["adam_only"] or p.ndim not in (2, 4) or p.shape[1] == 1 or rows == 1:
                     rest.append(p)
                     self.state[p].setdefault("square", torch.zeros_like(p))
-                    self.state[p].setdefault("step", torch.zeros((), device=p.device))
+                    # Whoever restores optimisers leaves a "step" on the CPU, for the sake of torch's own.
+                    step = self.state[p].get("step", torch.zeros(()))
+                    self.state[p]["step"] = step.to(p.device)
                 else:
                     shapes[rows, columns].append(p)
                 self.state[p].setdefault("momentum", torch.zeros_like(p))

@@ -24,6 +24,11 @@ def ste_round(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach()
 
 
+def noisy(x: Tensor) -> Tensor:
+    """x with noise uniform in [-1/2, 1/2] (Balle et al. 2017, equation 10)."""
+    return x + torch.empty_like(x).uniform_(-0.5, 0.5)
+
+
 def to_symbols(x: Tensor) -> NDArray[np.int32]:
     """Rounded to int32; values beyond +-2**30 become that, NaN becomes 0."""
     limit = float(1 << 30)
@@ -47,7 +52,7 @@ class FactorizedDensity(nn.Module):
         self.model = EntropyBottleneck(channels)
 
     def bits(self, x: Tensor, step: Tensor | float = 1.0) -> Tensor:
-        """Information of x quantised in steps, with uniform noise in place of rounding.
+        """Information of x quantised in steps; in training, uniform noise stands in for rounding.
 
         Args:
             x: [batch, channels, h, w].
@@ -56,14 +61,14 @@ class FactorizedDensity(nn.Module):
         Returns:
             Bits of each item, [batch].
         """
-        half = torch.as_tensor(step, device=x.device) * 0.5
-        noisy = x + torch.empty_like(x).uniform_(-1, 1) * half
+        step = torch.as_tensor(step, device=x.device)
+        coded = (noisy(x / step) if self.training else (x / step).round()) * step
 
         def logits(value: Tensor) -> Tensor:
             rows = value.expand(x.shape).transpose(0, 1).flatten(1)[:, None]
             return self.model._logits_cumulative(rows, stop_gradient=False)
 
-        likelihood = torch.sigmoid(logits(noisy + half)) - torch.sigmoid(logits(noisy - half))
+        likelihood = torch.sigmoid(logits(coded + step / 2)) - torch.sigmoid(logits(coded - step / 2))
         bits = -torch.log2(self.model.likelihood_lower_bound(likelihood))
         return bits.view(x.shape[1], x.shape[0], -1).sum((0, 2))
 
@@ -154,21 +159,25 @@ class FactorizedBottleneck(Bottleneck):
     def forward(self, y: Tensor, quality: Tensor) -> BottleneckOutput:
         with torch.autocast(y.device.type, enabled=False):
             y = y.float()
-            gain = self.y_gain.gain(quality)
-            inverse = self.y_gain.inverse(quality)
             if self.tables is not None and not self.training:
-                symbols = to_symbols(y * gain)
-                bits = [
-                    float(self.tables.bits(item.ravel(), self._indexes(item.shape[1:], level)).sum())
-                    for item, level in zip(symbols, quality.tolist(), strict=True)
-                ]
-                y_hat = torch.from_numpy(symbols).to(y) * inverse
-                return BottleneckOutput(y_hat, torch.tensor(bits, dtype=torch.float64, device=y.device))
+                return self._forward_frozen(y, quality)
             if self.density is None:
                 raise CheckpointError("this codec is frozen: build it in its trainable state to train it")
+            gain = self.y_gain.gain(quality)
             bits_y = self.density.bits(y, 1 / gain)
             losses = {"auxiliary": self.density.auxiliary_loss()}
-            return BottleneckOutput(ste_round(y * gain) * inverse, bits_y, losses)
+            return BottleneckOutput(ste_round(y * gain) * self.y_gain.inverse(quality), bits_y, losses)
+
+    def _forward_frozen(self, y: Tensor, quality: Tensor) -> BottleneckOutput:
+        tables = self._frozen()
+        y_hats, bits = [], []
+        # One item at a time, as `compress` and `decompress` take one quality: interpolating the gains of a batch may
+        # round differently in the last bit.
+        for item, level in zip(y, quality.tolist(), strict=True):
+            symbols = to_symbols(item[None] * self.y_gain.gain(self._level(level, y)))
+            bits.append(float(tables.bits(symbols.ravel(), self._indexes(item.shape[1:], level)).sum()))
+            y_hats.append(torch.from_numpy(symbols).to(y) * self.y_gain.inverse(self._level(level, y)))
+        return BottleneckOutput(torch.cat(y_hats), torch.tensor(bits, dtype=torch.float64, device=y.device))
 
     def compress(self, y: Tensor, quality: int) -> list[bytes]:
         tables = self._frozen()

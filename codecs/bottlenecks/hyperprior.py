@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compand.bottlenecks.factorized import FactorizedDensity, blend, ste_round, to_symbols
+from compand.bottlenecks.factorized import FactorizedDensity, blend, noisy, ste_round, to_symbols
 from compand.bottlenecks.gains import GainUnit, step_gains
 from compand.codec import QUALITY_STEPS, Bottleneck, BottleneckOutput, Counts, level_table_at, subset
 from compand.coding.ans import AnsReader, AnsWriter
@@ -140,9 +140,9 @@ class HyperpriorBottleneck(Bottleneck):
             shift = self.y_gain.log2(quality) + level_table_at(self.scale_offset, quality)
             scales = torch.exp2((log2_scales + shift[:, :, None, None]).clamp(max=12))
             residual = (y.float() - means) * self.y_gain.gain(quality)
-            # Rate from noisy, reconstruction from rounded latents (Minnen & Singh 2020, section 3.3).
-            noisy = residual + torch.empty_like(residual).uniform_(-0.5, 0.5)
-            likelihood = self.y_density.likelihood_lower_bound(self.y_density._likelihood(noisy, scales))
+            # In training, rate from noisy and reconstruction from rounded latents (Minnen & Singh 2020, section 3.3).
+            coded = noisy(residual) if self.training else residual.round()
+            likelihood = self.y_density.likelihood_lower_bound(self.y_density._likelihood(coded, scales))
             y_bits = -torch.log2(likelihood).sum((1, 2, 3))
             y_hat = ste_round(residual) * self.y_gain.inverse(quality) + means
         return BottleneckOutput(y_hat, y_bits + z_bits, {"auxiliary": self.z_density.auxiliary_loss()})
@@ -280,6 +280,9 @@ class HyperpriorBottleneck(Bottleneck):
                 raise CheckpointError(f"the checkpoint's {name} does not have shape {list(shape)}")
         if len(self.z_tables) != self.hyper_channels or len(self.y_tables) != SCALES:
             raise CheckpointError("the checkpoint's tables do not fit its architecture")
+        first, last = self.prior.layers[0].weight, self.prior.layers[-1].weight
+        if first.shape[1] != self.hyper_channels or last.shape[0] != 2 * self.latent_channels:
+            raise CheckpointError("the checkpoint's integer prior does not fit its architecture")
         self._multiplier = torch.from_numpy(arrays["multiplier"].astype(np.int64))
         self._shift = torch.from_numpy(arrays["shift"].astype(np.int64))
 

@@ -133,6 +133,7 @@ class Container:
     extras: list[Extra]  # at most seven
     damage: list[BitstreamError]  # empty unless the read was partial
     header_bytes: int  # bytes of the file that are payload of neither a chunk nor an extra
+    offsets: list[int]  # where in the file each chunk begins, in bytes
 
 
 @dataclass(frozen=True)
@@ -513,7 +514,7 @@ def read(
         return _read_compact(view, limits)
 
     table = _read_table(view, limits)
-    container = Container(table.header, [], [], [], table.header_bytes)
+    container = Container(table.header, [], [], [], table.header_bytes, [])
     offset = table.header_bytes
 
     def report(fact: str, chunk: int | None = None) -> None:
@@ -531,6 +532,7 @@ def read(
             report(f"{name} is {'damaged' if len(payload) == entry.length else 'cut off'}", entry.chunk)
         if entry.kind is None:
             container.chunks.append(payload if intact else None)
+            container.offsets.append(offset)
         elif intact:
             container.extras.append(Extra(entry.kind, payload))
         offset += entry.length
@@ -576,7 +578,8 @@ def _read_compact(view: memoryview, limits: Limits) -> Container:
     source = Source(body, len(COMPACT_MAGIC))
     header = _unflatten(_read_fields(COMPACT, source, {}), source)
     _check_limits(header, limits)
-    return Container(header, [bytes(body[source.offset :])], [], [], source.offset + COMPACT_CRC_BYTES)
+    chunk = bytes(body[source.offset :])
+    return Container(header, [chunk], [], [], source.offset + COMPACT_CRC_BYTES, [source.offset])
 
 
 def _read_table(view: memoryview, limits: Limits) -> _Table:

@@ -29,6 +29,9 @@ ACTIVATION_LIMIT = 1 << 18
 
 ACCUMULATOR_LIMIT = 1 << 40
 
+BIAS_LIMIT = 1 << 31
+"""Checkpoints hold biases in 32 bits."""
+
 
 def to_fixed(x: Tensor) -> Tensor:
     """The nearest fixed-point integers, as int64."""
@@ -61,7 +64,7 @@ class IntegerConvolution(nn.Module):
         rectify: whether negative results become 0.
 
     Raises:
-        CheckpointError: an accumulator could reach 2**40, or the shapes disagree.
+        CheckpointError: an accumulator could reach 2**40, a bias does not fit 32 bits, or the shapes disagree.
     """
 
     weight: Tensor
@@ -69,14 +72,16 @@ class IntegerConvolution(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor, shuffle: int = 1, rectify: bool = True) -> None:
         super().__init__()
-        if weight.ndim != 4 or bias.shape != weight.shape[:1] or weight.shape[2] != weight.shape[3]:
+        square = weight.ndim == 4 and weight.shape[2] == weight.shape[3] and weight.shape[2] % 2 == 1
+        if not square or bias.shape != weight.shape[:1] or shuffle < 1 or weight.shape[0] % shuffle**2:
+            shapes = f"{list(weight.shape)} and {list(bias.shape)}, shuffled by {shuffle},"
+            raise CheckpointError(f"integer layer of shapes {shapes} is malformed: export the checkpoint again")
+        reach = float((weight.double().abs().sum((1, 2, 3)) * ACTIVATION_LIMIT + bias.double().abs()).max())
+        largest_bias = float(bias.double().abs().max())
+        # Written so that NaN, which no comparison holds for, is refused too.
+        if not (reach < ACCUMULATOR_LIMIT and largest_bias < BIAS_LIMIT):
             raise CheckpointError(
-                f"integer layer of shapes {list(weight.shape)} and {list(bias.shape)} is malformed"
-            )
-        reach = weight.double().abs().sum((1, 2, 3)) * ACTIVATION_LIMIT + bias.double().abs()
-        if float(reach.max()) >= ACCUMULATOR_LIMIT:
-            raise CheckpointError(
-                f"an integer layer can reach {float(reach.max()):.3g}: its weights must be smaller"
+                f"an integer layer can reach {reach:.3g} (bias {largest_bias:.3g}): its weights must be smaller"
             )
         self.register_buffer("weight", weight.double(), persistent=False)
         self.register_buffer("bias", bias.double()[:, None, None], persistent=False)
@@ -92,10 +97,17 @@ class IntegerConvolution(nn.Module):
 
 
 class IntegerNetwork(nn.Module):
-    """A chain of `IntegerConvolution`s."""
+    """A chain of `IntegerConvolution`s.
+
+    Raises:
+        CheckpointError: there is none, or one does not take what the one before it gives.
+    """
 
     def __init__(self, layers: list[IntegerConvolution]) -> None:
         super().__init__()
+        given = [layer.weight.shape[0] // layer.shuffle**2 for layer in layers]
+        if not layers or given[:-1] != [layer.weight.shape[1] for layer in layers[1:]]:
+            raise CheckpointError("layers of an integer network do not fit each other: export the checkpoint again")
         self.layers = nn.ModuleList(layers)
 
     @classmethod
@@ -107,7 +119,7 @@ class IntegerNetwork(nn.Module):
         """
         layers: list[dict[str, Any]] = []
         for part in network:
-            if isinstance(part, nn.Conv2d):
+            if isinstance(part, nn.Conv2d) and _is_same(part):
                 scale = float(1 << WEIGHT_BITS)
                 bias = part.bias if part.bias is not None else torch.zeros(part.out_channels)
                 layers.append(
@@ -117,14 +129,12 @@ class IntegerNetwork(nn.Module):
                         "rectify": False,
                     }
                 )
-            elif isinstance(part, nn.PixelShuffle) and layers:
+            elif isinstance(part, nn.PixelShuffle) and layers and "shuffle" not in layers[-1]:
                 layers[-1]["shuffle"] = part.upscale_factor
             elif isinstance(part, nn.ReLU) and layers:
                 layers[-1]["rectify"] = True
             else:
-                raise CheckpointError(
-                    f"a {type(part).__name__} layer has no integer form; use Conv2d, PixelShuffle, ReLU"
-                )
+                raise CheckpointError(f"{part} has no integer form there: use odd same Conv2d, then PixelShuffle, ReLU")
         return cls([IntegerConvolution(**layer) for layer in layers])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,3 +170,10 @@ class IntegerNetwork(nn.Module):
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"the checkpoint's integer network is incomplete: {error}") from None
         return cls(layers)
+
+
+def _is_same(part: nn.Conv2d) -> bool:
+    """Whether a convolution is the plain odd one, padded with zeros to the size of its input."""
+    edge = part.kernel_size[0]
+    plain = (part.kernel_size, part.stride, part.dilation, part.groups) == ((edge, edge), (1, 1), (1, 1), 1)
+    return plain and edge % 2 == 1 and part.padding == (edge // 2, edge // 2) and part.padding_mode == "zeros"

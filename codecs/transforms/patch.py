@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compand.codec import Transform, level_table_at
+from compand.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,16 @@ def dct_patch_basis(stride: int, latent_channels: int) -> Tensor:
 
     Args:
         stride: patch edge s.
-        latent_channels: number M of basis vectors, two thirds of them luma.
+        latent_channels: number M of basis vectors, at most 3 s^2; two thirds of them luma, as far as luma has so many.
 
     Returns:
         [M, 3 s^2] with orthonormal rows, columns ordered as by `pixel_unshuffle`.
+
+    Raises:
+        UsageError: a patch has fewer than M coefficients.
     """
+    if latent_channels > 3 * stride**2:
+        raise UsageError(f"patches of {stride}x{stride} have no {latent_channels} coefficients: lower latent_channels")
     n = torch.arange(stride, dtype=torch.float64)
     basis = torch.cos(math.pi * (n[None, :] + 0.5) * n[:, None] / stride) * math.sqrt(2 / stride)
     basis[0] /= math.sqrt(2)
@@ -105,9 +111,10 @@ def dct_patch_basis(stride: int, latent_channels: int) -> Tensor:
         ).T
     )[0].T
     radius = (n[:, None] ** 2 + n[None, :] ** 2).flatten()
-    chroma = latent_channels // 6
+    luma = min(latent_channels - 2 * (latent_channels // 6), stride**2)
+    chroma = (latent_channels - luma) // 2
     rows = []
-    for axis, count in zip(colour, (latent_channels - 2 * chroma, chroma, chroma), strict=True):
+    for axis, count in zip(colour, (luma, latent_channels - luma - chroma, chroma), strict=True):
         for index in torch.argsort(radius, stable=True)[:count].tolist():
             plane = basis[index // stride][:, None] * basis[index % stride][None, :]
             rows.append((plane[:, :, None] * axis).flatten())
@@ -204,7 +211,7 @@ class PatchTransform(Transform):
             if self.level_scales:
                 feature = self.analysis_scales[i](feature, quality)
             feature = self.analysis_blocks[i](feature)
-        y = self.analysis_latent(feature)
+        y = self.analysis_latent(feature).float()
         if self.linear_path:
             return self.analysis_linear(pixel_unshuffle(x, self.stride)) + y
         return y

@@ -10,13 +10,11 @@ Indexes are uniform over the tables (log-uniform scales) or sparse (mostly small
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,14 +25,8 @@ from numpy.typing import NDArray
 
 from compand.coding.ans import AnsReader, AnsWriter
 from compand.coding.tables import TableSet
-from compand.errors import UsageError
-from compand.eval.benchmarks.provenance import (
-    RESULTS,
-    check_unwritten,
-    markdown_table,
-    provenance,
-    write_results,
-)
+from compand.eval.benchmarks import program
+from compand.eval.benchmarks.provenance import markdown_table, provenance, write_results
 
 SCALES = np.exp(np.linspace(math.log(0.11), math.log(256), 64))
 """Standard deviations of CompressAI's own scale table."""
@@ -194,15 +186,9 @@ def render(measurements: list[Measurement]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = program.parser(__doc__ or "", "coder")
     parser.add_argument("--repetitions", type=int, default=31)
-    parser.add_argument("--output", type=Path, default=RESULTS / "coder.json")
-    parser.add_argument("--force", action="store_true", help="replace existing results")
-    arguments = parser.parse_args(argv)
-    try:
-        check_unwritten(arguments.output, force=arguments.force)
-    except UsageError as error:
-        parser.error(str(error))
+    arguments = program.parse(parser, argv)
     measurements = [m for kind in ("uniform", "sparse") for m in measure(kind, arguments.repetitions)]
     report = render(measurements)
     origin = provenance(
