@@ -221,10 +221,7 @@ class ImageCodec(Codec):
         stride, context = self.transform.stride, self.transform.context
         top, left = max(tile.top - context, 0), max(tile.left - context, 0)
         window = pixels[top : tile.bottom + context, left : tile.right + context]
-        x = (
-            torch.from_numpy(np.ascontiguousarray(window)).to(self.device).permute(2, 0, 1)[None].float()
-            / 255
-        )
+        x = torch.from_numpy(window.copy()).to(self.device).permute(2, 0, 1)[None].float() / 255
         x = F.pad(x, (0, -x.shape[3] % stride, 0, -x.shape[2] % stride), mode="replicate")
         x = x.expand(1, 3, *x.shape[2:]).contiguous(memory_format=torch.channels_last)
         y = self.transform.analysis(x, torch.tensor([level], device=self.device))
