@@ -40,7 +40,8 @@ class CheckpointInfo:
         parameters: number of weights.
         bytes: size of model.safetensors.
         path: its folder.
-        symbols, synthesis: fingerprints, 4 bytes each.
+        symbols, synthesis: fingerprints of what decides symbols and of what turns them into samples, 4 bytes each.
+        weights: fingerprint of all tensors together.
         qualities: lowest and highest quality.
         architecture: constructor arguments of the codec.
     """
@@ -56,6 +57,7 @@ class CheckpointInfo:
     path: Path
     symbols: bytes
     synthesis: bytes
+    weights: bytes
     qualities: tuple[float, float]
     architecture: Mapping[str, Any]
 
@@ -88,6 +90,7 @@ def read_info(folder: Path) -> CheckpointInfo:
             path=folder,
             symbols=bytes.fromhex(config["symbols"]),
             synthesis=bytes.fromhex(config["synthesis"]),
+            weights=bytes.fromhex(config["weights"]),
             qualities=(float(config["qualities"][0]), float(config["qualities"][1])),
             architecture=config["architecture"],
         )

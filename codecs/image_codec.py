@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,8 @@ class ImageCodec(Codec):
         picture = as_picture(source)
         if bpp is not None and psnr is not None:
             raise UsageError("bpp and psnr exclude each other: give one")
+        if any(target is not None and math.isnan(target) for target in (bpp, psnr)):
+            raise UsageError("bpp or psnr is not a number: give one")
         if bpp is None and psnr is None:
             return self._encode(picture, self.quality_units(quality), compact, progress)
         low, high = QUALITY_STEPS, self.levels * QUALITY_STEPS
@@ -107,7 +110,7 @@ class ImageCodec(Codec):
             """Whether the file of this level has left the wanted range upwards (bpp) or reached it (psnr)."""
             files[level] = data = self._encode(picture, level, compact, progress)
             if bpp is not None:
-                return 8 * len(data) > bpp * picture.height * picture.width
+                return 8 * len(data) / (picture.height * picture.width) > bpp
             return psnr_of(picture.pixels, self.decode(data).pixels) >= float(psnr or 0)
 
         # The first level for which `reaches` holds, `high + 1` if there is none.
@@ -299,10 +302,10 @@ class ImageCodec(Codec):
             return index, torch.cat(parts, dim=2), intact
 
         for index, row in enumerate(grid):
+            while rows and rows[0][0] < index - 1:
+                rows.popleft()
             while not rows or rows[-1][0] < min(index + 1, len(grid) - 1):
                 rows.append(decoded(rows[-1][0] + 1 if rows else 0))
-            while rows[0][0] < index - 1:
-                rows.popleft()
             top = max(starts[index] - margin, starts[rows[0][0]])
             bottom = min(starts[index + 1] + margin, starts[rows[-1][0] + 1])
             band = torch.cat([latents for _, latents, _ in rows], dim=1)

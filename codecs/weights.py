@@ -54,6 +54,10 @@ def _fingerprints(codec: Codec, tensors: dict[str, Tensor]) -> tuple[bytes, byte
     return fingerprint(symbols), fingerprint(synthesis)
 
 
+def _weights_fingerprint(tensors: dict[str, Tensor]) -> bytes:
+    return fingerprint({name: _content(value) for name, value in tensors.items()})
+
+
 def save(codec: Codec, folder: Path) -> None:
     """Writes model.safetensors and config.json of a codec whose bottleneck is frozen.
 
@@ -89,6 +93,7 @@ def save(codec: Codec, folder: Path) -> None:
         "codec": codec.name,
         "symbols": symbols.hex(),
         "synthesis": synthesis.hex(),
+        "weights": _weights_fingerprint(tensors).hex(),
         "qualities": [1, codec.levels],
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "architecture": codec.architecture,
@@ -163,7 +168,8 @@ def build(info: CheckpointInfo, device: str, *, reduced: bool | None = None) -> 
     except RuntimeError as error:
         problem = " ".join(str(error).split())
         raise CheckpointError(f"{path} does not fit its config.json: {problem}") from None
-    if (info.symbols, info.synthesis) != _fingerprints(codec, tensors):
+    found = (*_fingerprints(codec, tensors), _weights_fingerprint(tensors))
+    if (info.symbols, info.synthesis, info.weights) != found:
         raise CheckpointError(f"{path} is not the file that its config.json names: restore the checkpoint")
     codec.bottleneck.load_frozen(
         {name: value.int().numpy() for name, value in subset(tensors, FROZEN).items()}

@@ -47,8 +47,8 @@ class _Stack:
 class MuonAdam(torch.optim.Optimizer):
     """Muon (momentum, orthogonalised; update scaled to Adam's root mean square) on matrices, Adam on everything else.
 
-    A parameter is a matrix when it has more than one output and more than one input; depth-wise kernels, biases, gains
-    and density parameters take Adam. All matrices of one shape are orthogonalised in one batch, and on a CUDA device
+    A parameter is a matrix when it has two or four dimensions, more than one output and more than one input; depth-wise
+    kernels, biases and density parameters take Adam. All matrices of one shape are orthogonalised in one batch, and on a CUDA device
     the whole update is captured once and replayed: at this model size a step is bound by kernel launches otherwise.
 
     Args:

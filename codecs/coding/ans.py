@@ -81,19 +81,7 @@ class AnsWriter:
         value, index = _as_values(values), _as_indexes(indexes, tables)
         if value.shape != index.shape:
             raise UsageError(f"{value.size} values but {index.size} indexes: give one index for each value")
-        for start in range(0, index.size, BLOCK):
-            groups = _group(index[start : start + BLOCK])
-            grouped = value[start : start + BLOCK][groups.order]
-            # In unsigned arithmetic a value below its table is a huge symbol: one minimum finds all escapes.
-            symbols = np.subtract(grouped, groups.spread(tables.lows)).view(np.uint32)
-            escape = groups.spread(tables.sizes).view(np.uint32)
-            np.minimum(symbols, escape, out=symbols)
-            places = np.flatnonzero(symbols == escape)
-            codes = None
-            if places.size:
-                places = places[np.argsort(groups.order[places])]
-                codes = escape_codes(grouped[places].astype(np.int64), *groups.extents(places, tables))
-            self._blocks.append(_Block(tables, groups.ranges, symbols.view(np.int32), codes))
+        self._blocks += [_prepare(value[block], index[block], tables) for block in _blocks(index.size)]
 
     def finish(self) -> bytes:
         """Encode everything that was pushed."""
@@ -146,15 +134,16 @@ class AnsReader:
         models = self._backend.models(tables)
         decode = self._coder.decode
         values = np.empty(index.size, dtype=np.int32)
-        for start in range(0, index.size, BLOCK):
-            groups = _group(index[start : start + BLOCK])
+        for block in _blocks(index.size):
+            groups = _group(index[block])
             grouped = np.concatenate([decode(models(table), b - a) for table, a, b in groups.ranges])
-            places = np.flatnonzero(grouped == groups.spread(tables.sizes))
+            escaped = groups.reach(grouped.view(np.uint32), tables)
+            places = np.flatnonzero(grouped == groups.spread(tables.sizes)) if escaped else None
             grouped += groups.spread(tables.lows)
-            if places.size:
+            if places is not None:
                 places = places[np.argsort(groups.order[places])]
                 grouped[places] = _decode_escapes(self._coder, *groups.extents(places, tables))
-            values[start : start + BLOCK][groups.order] = grouped
+            values[block][groups.order] = grouped
         return values
 
     def finish(self) -> None:
@@ -180,6 +169,11 @@ class _Groups(NamedTuple):
         """One entry of per_table [T] for each grouped symbol."""
         return np.repeat(per_table[self.used], self.counts)
 
+    def reach(self, symbols: NDArray[np.uint32], tables: TableSet) -> bool:
+        """Whether any of the grouped symbols is its table's escape or lies beyond it."""
+        starts = self.counts.cumsum() - self.counts
+        return bool((np.maximum.reduceat(symbols, starts) >= tables.sizes[self.used]).any())
+
     def extents(
         self, places: NDArray[np.intp], tables: TableSet
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -195,12 +189,35 @@ class _Block(NamedTuple):
     codes: NDArray[np.int64] | None  # of the escaped values in order of position; None where there is none
 
 
+def _blocks(size: int) -> list[slice]:
+    return [slice(start, start + BLOCK) for start in range(0, size, BLOCK)]
+
+
+def _prepare(
+    values: NDArray[np.int32], indexes: NDArray[np.unsignedinteger[Any]], tables: TableSet
+) -> _Block:
+    """Group one block and turn its values into symbols."""
+    groups = _group(indexes)
+    grouped = values.take(groups.order, mode="wrap")  # no index needs wrapping; this mode is the fastest
+    # In unsigned arithmetic a value below its table is a huge symbol: one maximum finds all escapes.
+    symbols = np.subtract(grouped, groups.spread(tables.lows)).view(np.uint32)
+    codes = None
+    if groups.reach(symbols, tables):
+        escape = groups.spread(tables.sizes).view(np.uint32)
+        np.minimum(symbols, escape, out=symbols)
+        places = np.flatnonzero(symbols == escape)
+        places = places[np.argsort(groups.order[places])]
+        codes = escape_codes(grouped[places].astype(np.int64), *groups.extents(places, tables))
+    return _Block(tables, groups.ranges, symbols.view(np.int32), codes)
+
+
 def _group(indexes: NDArray[np.unsignedinteger[Any]]) -> _Groups:
     order = np.argsort(indexes, kind="stable")  # a radix sort, as indexes have 8 or 16 bits
-    ordered = indexes.take(order)  # faster than indexing for 8 bits, unlike for 32
-    starts = np.concatenate([[0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1])
-    stops = np.append(starts[1:], ordered.size)
-    used = ordered[starts]
+    # Bounds by bisection through the order, with keys of the same type: cheaper than to bring the indexes into it.
+    tables = np.arange(int(indexes[order[-1]]) + 1, dtype=np.int64).astype(indexes.dtype)
+    bounds = np.append(indexes.searchsorted(tables, sorter=order), indexes.size)
+    used = np.flatnonzero(bounds[1:] > bounds[:-1])
+    starts, stops = bounds[used], bounds[used + 1]
     ranges = list(zip(used.tolist(), starts.tolist(), stops.tolist(), strict=True))
     return _Groups(order, used, stops - starts, ranges)
 

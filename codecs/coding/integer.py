@@ -75,7 +75,9 @@ class IntegerConvolution(nn.Module):
         square = weight.ndim == 4 and weight.shape[2] == weight.shape[3] and weight.shape[2] % 2 == 1
         if not square or bias.shape != weight.shape[:1] or shuffle < 1 or weight.shape[0] % shuffle**2:
             shapes = f"{list(weight.shape)} and {list(bias.shape)}, shuffled by {shuffle},"
-            raise CheckpointError(f"integer layer of shapes {shapes} is malformed: export the checkpoint again")
+            raise CheckpointError(
+                f"integer layer of shapes {shapes} is malformed: export the checkpoint again"
+            )
         reach = float((weight.double().abs().sum((1, 2, 3)) * ACTIVATION_LIMIT + bias.double().abs()).max())
         largest_bias = float(bias.double().abs().max())
         # Written so that NaN, which no comparison holds for, is refused too.
@@ -107,7 +109,9 @@ class IntegerNetwork(nn.Module):
         super().__init__()
         given = [layer.weight.shape[0] // layer.shuffle**2 for layer in layers]
         if not layers or given[:-1] != [layer.weight.shape[1] for layer in layers[1:]]:
-            raise CheckpointError("layers of an integer network do not fit each other: export the checkpoint again")
+            raise CheckpointError(
+                "layers of an integer network do not fit each other: export the checkpoint again"
+            )
         self.layers = nn.ModuleList(layers)
 
     @classmethod
@@ -134,7 +138,9 @@ class IntegerNetwork(nn.Module):
             elif isinstance(part, nn.ReLU) and layers:
                 layers[-1]["rectify"] = True
             else:
-                raise CheckpointError(f"{part} has no integer form there: use odd same Conv2d, then PixelShuffle, ReLU")
+                raise CheckpointError(
+                    f"{part} has no integer form there: use odd same Conv2d, then PixelShuffle, ReLU"
+                )
         return cls([IntegerConvolution(**layer) for layer in layers])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ indexes to bytes and back: grouping, table look-up and scatter count. CompressAI
 `EntropyModel.compress` and `decompress` call it, from int32 tensors through Python lists to bytes and back,
 and once more with every list made beforehand, which is the best that its coder could do. Rounding and
 dequantisation count for neither.
-Indexes are uniform over the tables (log-uniform scales) or sparse (mostly small scales, as in latents).
+Indexes are uniform over the tables (log-uniform scales) or sparse (mostly small scales, as in latents). With --data,
+the latents of a picture, with the tables of a checkpoint, are coded as well, at qualities 1, 4 and 8.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +25,15 @@ from compressai import ans as compressai_ans
 from compressai._CXX import pmf_to_quantized_cdf
 from numpy.typing import NDArray
 
+from compand.bottlenecks.hyperprior import HyperpriorBottleneck
+from compand.codec import QUALITY_STEPS
 from compand.coding.ans import AnsReader, AnsWriter
 from compand.coding.tables import TableSet
+from compand.errors import UsageError
 from compand.eval.benchmarks import program
 from compand.eval.benchmarks.provenance import markdown_table, provenance, write_results
+from compand.image_codec import ImageCodec, tile_rows
+from compand.pictures import read_picture
 
 SCALES = np.exp(np.linspace(math.log(0.11), math.log(256), 64))
 """Standard deviations of CompressAI's own scale table."""
@@ -130,9 +137,28 @@ def measure(kind: str, repetitions: int, seed: int = 0) -> list[Measurement]:
         RuntimeError: a coder does not return the symbols it was given.
     """
     rng = np.random.default_rng(seed)
-    tables = TableSet.gaussian(SCALES.tolist())
     indexes = draw_indexes(kind, rng)
     values = np.rint(rng.normal(size=SYMBOLS) * SCALES[indexes]).astype(np.int32)
+    return compare(kind, values, indexes, TableSet.gaussian(SCALES.tolist()), repetitions)
+
+
+def latents(codec: ImageCodec, picture: Path, level: int) -> tuple[NDArray[np.int32], NDArray[np.uint8], TableSet]:
+    """Symbols, table indexes and tables of a picture's latents under a hyperprior codec."""
+    bottleneck = codec.bottleneck
+    if not isinstance(bottleneck, HyperpriorBottleneck) or bottleneck.y_tables is None:
+        raise UsageError("only a checkpoint of hyperprior has tables by scale: choose one")
+    pixels = read_picture(picture, strip=True).pixels
+    (tile,) = tile_rows(*pixels.shape[:2], 0)[0]
+    with torch.inference_mode():
+        y = codec.analyse(pixels, tile, level * QUALITY_STEPS)
+        indexes, symbols = bottleneck.count(y, level * QUALITY_STEPS)[1]
+    return symbols, indexes.astype(np.uint8), bottleneck.y_tables
+
+
+def compare(
+    kind: str, values: NDArray[np.int32], indexes: NDArray[np.uint8], tables: TableSet, repetitions: int
+) -> list[Measurement]:
+    """Time every coder on the same symbols and tables."""
     content = tables.bits(values, indexes).sum() / 8
     measurements = []
     for coder in contenders(values, indexes, tables):
@@ -145,8 +171,8 @@ def measure(kind: str, repetitions: int, seed: int = 0) -> list[Measurement]:
             Measurement(
                 kind,
                 coder.name,
-                SYMBOLS / encode_seconds / 1e6,
-                SYMBOLS / decode_seconds / 1e6,
+                values.size / encode_seconds / 1e6,
+                values.size / decode_seconds / 1e6,
                 len(stream),
                 len(stream) / content - 1,
             )
@@ -188,8 +214,15 @@ def render(measurements: list[Measurement]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = program.parser(__doc__ or "", "coder")
     parser.add_argument("--repetitions", type=int, default=31)
+    program.add_codec(parser)
+    program.add_pictures(parser)
     arguments = program.parse(parser, argv)
     measurements = [m for kind in ("uniform", "sparse") for m in measure(kind, arguments.repetitions)]
+    if arguments.data:
+        codec = program.image_codec(arguments.codec, "cpu")
+        for level in (1, 4, 8):
+            kind = f"{arguments.data[0].stem}, quality {level}"
+            measurements += compare(kind, *latents(codec, arguments.data[0], level), arguments.repetitions)
     report = render(measurements)
     origin = provenance(
         f"{SYMBOLS:,} synthetic Gaussian symbols, 64 tables, seed 0, {arguments.repetitions} repetitions"
