@@ -38,7 +38,7 @@ class CheckpointInfo:
         version: number behind "-v"; 0 for a folder of another name.
         description: one line.
         parameters: number of weights.
-        bytes: size of model.safetensors.
+        size: bytes of model.safetensors.
         path: its folder.
         symbols, synthesis: fingerprints of what decides symbols and of what turns them into samples, 4 bytes each.
         weights: fingerprint of all tensors together.
@@ -53,7 +53,7 @@ class CheckpointInfo:
     version: int
     description: str
     parameters: int
-    bytes: int
+    size: int
     path: Path
     symbols: bytes
     synthesis: bytes
@@ -86,7 +86,7 @@ def read_info(folder: Path) -> CheckpointInfo:
             version=int(version[1]) if version else 0,
             description=entry.description,
             parameters=int(config["parameters"]),
-            bytes=(folder / "model.safetensors").stat().st_size,
+            size=(folder / "model.safetensors").stat().st_size,
             path=folder,
             symbols=bytes.fromhex(config["symbols"]),
             synthesis=bytes.fromhex(config["synthesis"]),

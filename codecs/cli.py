@@ -482,7 +482,7 @@ def codecs(as_json: Json = False) -> None:
                 "medium": item.medium,
                 "description": item.description,
                 "parameters": item.parameters,
-                "bytes": item.bytes,
+                "bytes": item.size,
                 "qualities": list(item.qualities),
                 "symbols": item.symbols.hex(),
                 "synthesis": item.synthesis.hex(),
@@ -502,7 +502,7 @@ def codecs(as_json: Json = False) -> None:
             item.medium,
             "{:g} to {:g}".format(*item.qualities),
             f"{item.parameters / 1e6:.1f} M",
-            f"{item.bytes / 1e6:.1f} MB",
+            f"{item.size / 1e6:.1f} MB",
             item.description,
         )
         for item in checkpoints

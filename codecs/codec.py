@@ -189,6 +189,12 @@ class Codec(nn.Module, ABC):
         self.lambdas = tuple(lambdas)
         self.info: CheckpointInfo | None = None
 
+    @classmethod
+    def from_architecture(cls, architecture: Mapping[str, Any], *, trainable: bool) -> Codec:
+        """A codec of this class from the constructor arguments that config.json keeps; weights are still to come."""
+        construct: Callable[..., Codec] = cls
+        return construct(**architecture, trainable=trainable)
+
     @property
     def name(self) -> str:
         """The codec's registered name."""

@@ -70,7 +70,7 @@ def save(codec: Codec, folder: Path) -> None:
     """
     if (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds a checkpoint already: export to a new version")
-    bare = type(codec)(**codec.architecture, trainable=False)
+    bare = codec.from_architecture(codec.architecture, trainable=False)
     state = codec.state_dict()
     coarse = tuple(f"bottleneck.{part}" for part in codec.bottleneck.coarse_parts)
     tensors: dict[str, Tensor] = {}
@@ -123,6 +123,13 @@ def _integers(tensors: dict[str, Tensor]) -> dict[str, NDArray[np.int32]]:
     return {name: value.int().numpy() for name, value in subset(tensors, FROZEN).items()}
 
 
+def in_channels_last(codec: Codec) -> None:
+    """Lays out convolution kernels for channels-last memory, in which they run about three times faster on a CPU."""
+    for parameter in codec.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
 def warm_start(codec: Codec, info: CheckpointInfo) -> None:
     """Gives a trainable codec the weights of a checkpoint, as far as names and shapes agree.
 
@@ -158,8 +165,18 @@ def build(info: CheckpointInfo, device: str, *, reduced: bool | None = None) -> 
     path = info.path / "model.safetensors"
     tensors = _read(info)
     try:
-        codec = registry.by_name(info.codec).load_class()(**info.architecture, trainable=False)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, UsageError, ValueError) as error:
+        codec = (
+            registry.by_name(info.codec).load_class().from_architecture(info.architecture, trainable=False)
+        )
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        UsageError,
+        ValueError,
+    ) as error:
         problem = " ".join(str(error).split())
         raise CheckpointError(f"{info.path}/config.json does not describe a codec ({problem})") from None
     floats = _floats(tensors)
@@ -175,7 +192,8 @@ def build(info: CheckpointInfo, device: str, *, reduced: bool | None = None) -> 
         {name: value.int().numpy() for name, value in subset(tensors, FROZEN).items()}
     )
     codec.info = info
-    codec.requires_grad_(False).eval().to(place).to(memory_format=torch.channels_last)
+    codec.requires_grad_(False).eval().to(place)
+    in_channels_last(codec)
     if reduced if reduced is not None else native_bfloat16(place):
         codec.transform.reduce_precision(torch.bfloat16)
     return codec

@@ -54,7 +54,9 @@ def _log_rate(curve: Curve, rates: tuple[float, float]) -> tuple[PchipInterpolat
     bpp, psnr = np.asarray(curve.bpp, dtype=np.float64), np.asarray(curve.psnr, dtype=np.float64)
     grows = bpp.size > 1 and bpp.shape == psnr.shape and bpp[0] > 0
     if not grows or min(np.diff(bpp).min(), np.diff(psnr).min()) <= 0:
-        raise UsageError("a rate-distortion curve needs two points or more, and must grow in rate and in PSNR")
+        raise UsageError(
+            "a rate-distortion curve needs two points or more, and must grow in rate and in PSNR"
+        )
     log_rate = np.log(bpp)
     quality = PchipInterpolator(log_rate, psnr)
     low = max(rates[0], bpp[0])

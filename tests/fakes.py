@@ -28,7 +28,7 @@ class FakeInfo:
     medium: str = "image"
     description: str = "a codec without weights"
     parameters: int = 0
-    bytes: int = 0
+    size: int = 0
     path: Path = Path("fake-v1")
     symbols: bytes = SYMBOLS
     synthesis: bytes = b"synt"

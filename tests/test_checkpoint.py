@@ -64,7 +64,7 @@ def test_facts(folder):
     info = read_info(folder)
     assert (info.name, info.version, info.medium, info.path) == (folder.name, 3, "image", folder)
     assert info.codec == folder.name.removesuffix("-v3") and len(info.symbols) == len(info.synthesis) == 4
-    assert info.bytes == (folder / "model.safetensors").stat().st_size and info.qualities == (1, 8)
+    assert info.size == (folder / "model.safetensors").stat().st_size and info.qualities == (1, 8)
     assert info.parameters == sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
     assert read_info(folder.rename(folder.parent / "mine")).version == 0
 

@@ -34,12 +34,20 @@ def load_run(path: Path) -> tuple[ImageCodec, dict[str, Any]]:
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
         described = run["codec"]
-        codec = registry.by_name(described["name"]).load_class()(**described["architecture"])
+        codec = (
+            registry.by_name(described["name"])
+            .load_class()
+            .from_architecture(described["architecture"], trainable=True)
+        )
+        if not isinstance(codec, ImageCodec):
+            raise TypeError(f"{codec.name} is no image codec")
         state = run["state_dict"]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (KeyError, TypeError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise CheckpointError(f"{path} is no checkpoint of `compand train`: give a .ckpt file of a run") from error
+        raise CheckpointError(
+            f"{path} is no checkpoint of `compand train`: give a .ckpt file of a run"
+        ) from error
     prefix = "codec."
     codec.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     return codec, {"steps": run["global_step"], "minutes": run["elapsed_seconds"] / 60}
@@ -52,9 +60,9 @@ def count_symbols(codec: ImageCodec, images: Iterable[Path], seed: int = 0) -> l
     totals: list[list[Counter[int]]] = []
     for path in images:
         pixels = read_rgb(path)
-        tile = tile_rows(*pixels.shape[:2], TILE)[0][0]
+        tile = tile_rows(pixels.shape[0], pixels.shape[1], TILE)[0][0]
         for level in range(codec.levels):
-            quality = int(generator.integers((level + 0.5) * QUALITY_STEPS, (level + 1.5) * QUALITY_STEPS))
+            quality = round(QUALITY_STEPS * (level + generator.uniform(0.5, 1.5)))
             quality = min(max(quality, QUALITY_STEPS), codec.levels * QUALITY_STEPS)
             y = codec.analyse(pixels, tile, quality)
             for i, (indexes, symbols) in enumerate(codec.bottleneck.count(y, quality)):

@@ -48,8 +48,8 @@ class MuonAdam(torch.optim.Optimizer):
     """Muon (momentum, orthogonalised; update scaled to Adam's root mean square) on matrices, Adam on everything else.
 
     A parameter is a matrix when it has two or four dimensions, more than one output and more than one input; depth-wise
-    kernels, biases and density parameters take Adam. All matrices of one shape are orthogonalised in one batch, and on a CUDA device
-    the whole update is captured once and replayed: at this model size a step is bound by kernel launches otherwise.
+    kernels, biases and density parameters take Adam. All matrices of one shape are orthogonalised in one batch, and on
+    a CUDA device the whole update is captured once and replayed: at this model size a step is bound by kernel launches.
 
     Args:
         params: parameters or groups; a group may set `adam_only`.
@@ -106,17 +106,19 @@ class MuonAdam(torch.optim.Optimizer):
             self.param_groups, self._rates, self._stacks, self._rest, strict=True
         ):
             for stack in stacks:
-                gradients = [p.grad for p in stack.parameters]
+                parameters: list[Tensor] = list(stack.parameters)
+                gradients = [p.grad for p in parameters if p.grad is not None]
                 moments = [self.state[p]["momentum"] for p in stack.parameters]
                 torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
                 direction = torch._foreach_lerp(gradients, moments, group["momentum"])
                 stacked = orthogonalise(stack.gather(direction))
                 scale = 0.2 * max(stacked.shape[1:]) ** 0.5
-                torch._foreach_sub_(stack.parameters, stack.scatter(stacked * (rate * scale)))
+                torch._foreach_add_(parameters, stack.scatter(stacked * (rate * -scale)))
             if not rest:
                 continue
             beta1, beta2 = group["betas"]
-            gradients = [p.grad for p in rest]
+            parameters = list(rest)
+            gradients = [p.grad for p in parameters if p.grad is not None]
             moments = [self.state[p]["momentum"] for p in rest]
             squares = [self.state[p]["square"] for p in rest]
             steps = [self.state[p]["step"] for p in rest]
@@ -129,8 +131,8 @@ class MuonAdam(torch.optim.Optimizer):
             torch._foreach_sqrt_(denominator)
             torch._foreach_add_(denominator, group["eps"])
             update = torch._foreach_div(moments, denominator)
-            torch._foreach_mul_(update, rate / (1 - beta1**step))
-            torch._foreach_sub_(rest, update)
+            torch._foreach_mul_(update, -rate / (1 - beta1**step))
+            torch._foreach_add_(parameters, list(update))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

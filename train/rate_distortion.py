@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from compand.checkpoint import find
@@ -144,7 +145,7 @@ class RateDistortion(pl.LightningModule):
             shown = self._backward(crops)
         optimizer.step()
         # Reading a value waits for the device, so it is done only as often as the log asks for it.
-        if (batch_index + 1) % self.trainer.log_every_n_steps == 0:
+        if (batch_index + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             loss, bpp, mse = shown.tolist()
             if not math.isfinite(loss):
                 raise FloatingPointError(f"loss is {loss} at step {self.global_step}; lower --model.lr")
@@ -175,9 +176,9 @@ class RateDistortion(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """Keeps the end of the run as well: the last weights come after the last periodic checkpoint."""
-        directory = self.trainer.checkpoint_callback and self.trainer.checkpoint_callback.dirpath
-        if directory:
-            self.trainer.save_checkpoint(f"{directory}/final.ckpt")
+        callback = self.trainer.checkpoint_callback
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            self.trainer.save_checkpoint(f"{callback.dirpath}/final.ckpt")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["elapsed_seconds"] = self._elapsed

@@ -72,6 +72,7 @@ class HyperpriorBottleneck(Bottleneck):
         trainable: whether h_s and the densities are built (needs compressai) or only the frozen state is to be loaded.
     """
 
+    scale_offset: nn.Parameter
     encoder_parts = ("hyper_analysis", "z_gain")
     coarse_parts = ("hyper_analysis",)
 
@@ -246,9 +247,8 @@ class HyperpriorBottleneck(Bottleneck):
     def thaw(self, arrays: Mapping[str, NDArray[np.int32]]) -> None:
         """Restores h_s and the shift of log2 sigma; the density of z is learned anew within a few hundred steps."""
         layers = [part for part in self.hyper_synthesis if isinstance(part, nn.Conv2d)]
-        for layer, exact in zip(
-            layers, IntegerNetwork.from_arrays(subset(arrays, "prior.")).layers, strict=True
-        ):
+        exact_layers = IntegerNetwork.from_arrays(subset(arrays, "prior.")).convolutions
+        for layer, exact in zip(layers, exact_layers, strict=True):
             layer.weight.copy_(exact.weight / (1 << WEIGHT_BITS))
             assert layer.bias is not None
             layer.bias.copy_(exact.bias.flatten() / (1 << (WEIGHT_BITS + FRACTION_BITS)))
@@ -280,7 +280,7 @@ class HyperpriorBottleneck(Bottleneck):
                 raise CheckpointError(f"the checkpoint's {name} does not have shape {list(shape)}")
         if len(self.z_tables) != self.hyper_channels or len(self.y_tables) != SCALES:
             raise CheckpointError("the checkpoint's tables do not fit its architecture")
-        first, last = self.prior.layers[0].weight, self.prior.layers[-1].weight
+        first, last = self.prior.convolutions[0].weight, self.prior.convolutions[-1].weight
         if first.shape[1] != self.hyper_channels or last.shape[0] != 2 * self.latent_channels:
             raise CheckpointError("the checkpoint's integer prior does not fit its architecture")
         self._multiplier = torch.from_numpy(arrays["multiplier"].astype(np.int64))

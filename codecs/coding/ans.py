@@ -161,7 +161,7 @@ class _Groups(NamedTuple):
     """Positions of one block, gathered by table."""
 
     order: NDArray[np.intp]  # position of each grouped symbol in the block
-    used: NDArray[np.unsignedinteger[Any]]  # tables that occur, ascending
+    used: NDArray[np.intp]  # tables that occur, ascending
     counts: NDArray[np.intp]  # symbols of each used table
     ranges: list[tuple[int, int, int]]  # (table, start, stop) in grouped order
 

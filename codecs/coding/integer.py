@@ -114,6 +114,11 @@ class IntegerNetwork(nn.Module):
             )
         self.layers = nn.ModuleList(layers)
 
+    @property
+    def convolutions(self) -> list[IntegerConvolution]:
+        """The layers in order."""
+        return [layer for layer in self.layers if isinstance(layer, IntegerConvolution)]
+
     @classmethod
     def from_float(cls, network: nn.Sequential) -> IntegerNetwork:
         """Converts a chain of odd "same" convolutions, each optionally followed by PixelShuffle and by ReLU.
@@ -153,10 +158,12 @@ class IntegerNetwork(nn.Module):
     def arrays(self) -> dict[str, NDArray[np.int32]]:
         """Int32 arrays for a checkpoint: weights and biases by layer, and [shuffle, rectify] of each layer."""
         result = {}
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.convolutions):
             result[f"{i}.weight"] = layer.weight.cpu().numpy().astype(np.int32)
             result[f"{i}.bias"] = layer.bias.flatten().cpu().numpy().astype(np.int32)
-        result["shape"] = np.array([[layer.shuffle, layer.rectify] for layer in self.layers], dtype=np.int32)
+        result["shape"] = np.array(
+            [[layer.shuffle, layer.rectify] for layer in self.convolutions], dtype=np.int32
+        )
         return result
 
     @classmethod

@@ -44,7 +44,7 @@ class DepthwiseBlock(nn.Module):
         self.project = nn.Conv2d(expansion * channels, channels, 1)
         with torch.no_grad():
             self.project.weight.mul_(0.2)
-            self.project.bias.zero_()
+            nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.project(F.gelu(self.expand(self.depthwise(x))))
@@ -101,7 +101,9 @@ def dct_patch_basis(stride: int, latent_channels: int) -> Tensor:
         UsageError: a patch has fewer than M coefficients.
     """
     if latent_channels > 3 * stride**2:
-        raise UsageError(f"patches of {stride}x{stride} have no {latent_channels} coefficients: lower latent_channels")
+        raise UsageError(
+            f"patches of {stride}x{stride} have no {latent_channels} coefficients: lower latent_channels"
+        )
     n = torch.arange(stride, dtype=torch.float64)
     basis = torch.cos(math.pi * (n[None, :] + 0.5) * n[:, None] / stride) * math.sqrt(2 / stride)
     basis[0] /= math.sqrt(2)
@@ -158,15 +160,15 @@ class PatchTransform(Transform):
         level_scales: bool = True,
     ) -> None:
         super().__init__()
-        stages = [stage if isinstance(stage, Stage) else Stage(*stage) for stage in stages]
+        resolutions = [stage if isinstance(stage, Stage) else Stage(*stage) for stage in stages]
         self.latent_channels = latent_channels
-        self.stages = stages
-        self.stride = stages[-1].stride
-        reach = sum(stage.stride * stage.depth * (kernel // 2) for stage in stages)
-        self.context = math.ceil(reach / self.stride) * self.stride
+        self.stages = resolutions
+        self.stride = resolutions[-1].stride
+        reach = sum(stage.stride * stage.depth * (kernel // 2) for stage in resolutions)
+        self.context = -(-reach // self.stride) * self.stride
 
-        self.folds = [stages[0].stride] + [b.stride // a.stride for a, b in pairwise(stages)]
-        widths = [3] + [stage.channels for stage in stages]
+        self.folds = [resolutions[0].stride] + [b.stride // a.stride for a, b in pairwise(resolutions)]
+        widths = [3] + [stage.channels for stage in resolutions]
         self.analysis_fold = nn.ModuleList(
             nn.Conv2d(fold**2 * a, b, 1) for fold, a, b in zip(self.folds, widths, widths[1:], strict=False)
         )
@@ -177,19 +179,19 @@ class PatchTransform(Transform):
         def blocks() -> nn.ModuleList:
             return nn.ModuleList(
                 nn.Sequential(*(DepthwiseBlock(s.channels, kernel, expansion) for _ in range(s.depth)))
-                for s in stages
+                for s in resolutions
             )
 
         def scales() -> nn.ModuleList:
             return nn.ModuleList(
-                LevelScale(levels, s.channels) if level_scales else nn.Identity() for s in stages
+                LevelScale(levels, s.channels) if level_scales else nn.Identity() for s in resolutions
             )
 
         self.analysis_blocks, self.synthesis_blocks = blocks(), blocks()
         self.level_scales = level_scales
         self.analysis_scales, self.synthesis_scales = scales(), scales()
-        self.analysis_latent = nn.Conv2d(stages[-1].channels, latent_channels, 1)
-        self.synthesis_latent = nn.Conv2d(latent_channels, stages[-1].channels, 1)
+        self.analysis_latent = nn.Conv2d(resolutions[-1].channels, latent_channels, 1)
+        self.synthesis_latent = nn.Conv2d(latent_channels, resolutions[-1].channels, 1)
         self.linear_path = linear_path
         if linear_path:
             patch = 3 * self.stride**2
@@ -199,13 +201,12 @@ class PatchTransform(Transform):
             with torch.no_grad():
                 self.analysis_linear.weight.copy_(basis[:, :, None, None])
                 self.synthesis_linear.weight.copy_(basis.T[:, :, None, None])
-                for last in (self.analysis_latent, self.synthesis_fold[0]):
-                    last.weight.mul_(0.1)
-                    last.bias.zero_()
+                for parameter in (*self.analysis_latent.parameters(), *self.synthesis_fold[0].parameters()):
+                    parameter.mul_(0.1 if parameter.ndim == 4 else 0)
 
     def analysis(self, x: Tensor, quality: Tensor) -> Tensor:
         x = x - 0.5
-        feature = x.to(self.analysis_fold[0].weight.dtype)
+        feature = x.to(self.analysis_latent.weight.dtype)
         for i, fold in enumerate(self.folds):
             feature = self.analysis_fold[i](pixel_unshuffle(feature, fold))
             if self.level_scales:
@@ -222,8 +223,8 @@ class PatchTransform(Transform):
             feature = self.synthesis_blocks[i](feature)
             if self.level_scales:
                 feature = self.synthesis_scales[i](feature, quality)
-            fold = self.synthesis_fold[i]
-            feature = pixel_shuffle(fold(feature.to(fold.weight.dtype)), self.folds[i])
+            feature = feature.float() if i == 0 else feature
+            feature = pixel_shuffle(self.synthesis_fold[i](feature), self.folds[i])
         if self.linear_path:
             feature = feature + pixel_shuffle(self.synthesis_linear(y_hat), self.stride)
         return feature + 0.5
@@ -232,6 +233,6 @@ class PatchTransform(Transform):
         """Converts all but the linear path and the last layer, whose rounding would show at high rates."""
         for part in (
             self.analysis_fold, self.analysis_blocks, self.analysis_latent,
-            self.synthesis_latent, self.synthesis_blocks, self.synthesis_fold[1:],
+            self.synthesis_latent, self.synthesis_blocks, *list(self.synthesis_fold)[1:],
         ):  # fmt: skip
             part.to(dtype)

@@ -142,13 +142,15 @@ def measure(kind: str, repetitions: int, seed: int = 0) -> list[Measurement]:
     return compare(kind, values, indexes, TableSet.gaussian(SCALES.tolist()), repetitions)
 
 
-def latents(codec: ImageCodec, picture: Path, level: int) -> tuple[NDArray[np.int32], NDArray[np.uint8], TableSet]:
+def latents(
+    codec: ImageCodec, picture: Path, level: int
+) -> tuple[NDArray[np.int32], NDArray[np.uint8], TableSet]:
     """Symbols, table indexes and tables of a picture's latents under a hyperprior codec."""
     bottleneck = codec.bottleneck
     if not isinstance(bottleneck, HyperpriorBottleneck) or bottleneck.y_tables is None:
         raise UsageError("only a checkpoint of hyperprior has tables by scale: choose one")
     pixels = read_picture(picture, strip=True).pixels
-    (tile,) = tile_rows(*pixels.shape[:2], 0)[0]
+    (tile,) = tile_rows(pixels.shape[0], pixels.shape[1], 0)[0]
     with torch.inference_mode():
         y = codec.analyse(pixels, tile, level * QUALITY_STEPS)
         indexes, symbols = bottleneck.count(y, level * QUALITY_STEPS)[1]

@@ -105,7 +105,9 @@ class Original:
             if tile.index in chunks and (picture.pixels[area] != 128).any():
                 raise AssertionError(f"damaged tile {tile.index} is not gray")
             if not any(near) and (picture.pixels[area] != pixels[area]).any():
-                raise AssertionError(f"tile {tile.index} changes with damage out of its reach: {sorted(chunks)}")
+                raise AssertionError(
+                    f"tile {tile.index} changes with damage out of its reach: {sorted(chunks)}"
+                )
 
 
 class Case(NamedTuple):
@@ -157,7 +159,9 @@ def insert(rng: random.Random, files: list[Original]) -> Case:
     """A run of bytes too many, perhaps at the end."""
     original = rng.choice(files)
     start = rng.randint(0, len(original.data))
-    return Case(original.data[:start] + rng.randbytes(rng.randint(1, 64)) + original.data[start:], (original,))
+    return Case(
+        original.data[:start] + rng.randbytes(rng.randint(1, 64)) + original.data[start:], (original,)
+    )
 
 
 def splice(rng: random.Random, files: list[Original]) -> Case:
@@ -278,7 +282,9 @@ class Findings:
     """What came of all cases."""
 
     cases: int = 0
-    outcomes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # by damage and mode
+    outcomes: dict[str, Counter[str]] = field(
+        default_factory=lambda: defaultdict(Counter)
+    )  # by damage and mode
     failures: list[str] = field(default_factory=list)  # how to repeat them
     slowest: tuple[float, str] = (0.0, "")  # seconds, case
     memory_before: int = 0  # bytes, largest resident set

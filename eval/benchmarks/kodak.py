@@ -96,8 +96,12 @@ def measure(codec: ImageCodec, path: Path, level: float, file: Path) -> Trial:
 
 def mean_curve(trials: Sequence[Trial]) -> Curve:
     """Mean rate and PSNR of every level, in ascending order."""
-    levels = [[trial for trial in trials if trial.level == level] for level in sorted({t.level for t in trials})]
-    return Curve([fmean(t.bpp for t in level) for level in levels], [fmean(t.psnr for t in level) for level in levels])
+    levels = [
+        [trial for trial in trials if trial.level == level] for level in sorted({t.level for t in trials})
+    ]
+    return Curve(
+        [fmean(t.bpp for t in level) for level in levels], [fmean(t.psnr for t in level) for level in levels]
+    )
 
 
 def compare(curve: Curve) -> list[Comparison]:
@@ -126,7 +130,13 @@ def render(trials: Sequence[Trial], comparisons: Sequence[Comparison], name: str
     """The report in Markdown."""
     first = comparisons[0].anchor
     rates = markdown_table(
-        ["anchor (published)", f"{name} against it", "PSNR of the overlap, dB", f"it against {first}", "from"],
+        [
+            "anchor (published)",
+            f"{name} against it",
+            "PSNR of the overlap, dB",
+            f"it against {first}",
+            "from",
+        ],
         [
             [
                 row.anchor,
@@ -178,7 +188,13 @@ def plot(curve: Curve, name: str, path: Path) -> None:
     # The legend lists the curves as they lie above each other in the middle of the plot.
     heights = {title: float(np.interp(0.8, other.bpp, other.psnr)) for title, other in curves.items()}
     for title in sorted(curves, key=lambda title: -heights[title]):
-        look: dict[str, Any] = {"linewidth": 2.6, "marker": "o", "markersize": 5, "color": "black", "zorder": 3}
+        look: dict[str, Any] = {
+            "linewidth": 2.6,
+            "marker": "o",
+            "markersize": 5,
+            "color": "black",
+            "zorder": 3,
+        }
         if title != name:
             look = {"linewidth": 1.3, "marker": ".", "linestyle": "-" if "(" in title else "--"}
         axes.plot(curves[title].bpp, curves[title].psnr, label=title, **look)
@@ -198,10 +214,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = program.parser(__doc__ or "", "kodak")
     program.add_codec(parser)
     program.add_pictures(parser, required=True)
-    parser.add_argument("--levels", type=float, nargs="+", default=LEVELS, help="quality levels (1, 1.5 .. 8)")
+    parser.add_argument(
+        "--levels", type=float, nargs="+", default=LEVELS, help="quality levels (1, 1.5 .. 8)"
+    )
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda (cpu)")
     parser.add_argument(
-        "--reduced", action=argparse.BooleanOptionalAction, help="bfloat16 transforms; else where the device has it"
+        "--reduced",
+        action=argparse.BooleanOptionalAction,
+        help="bfloat16 transforms; else where the device has it",
     )
     arguments = program.parse(parser, argv, ".png")
     codec = program.image_codec(arguments.codec, arguments.device, reduced=arguments.reduced)
@@ -216,7 +236,10 @@ def main(argv: list[str] | None = None) -> None:
         "transforms": str(next(codec.transform.parameters()).dtype).removeprefix("torch."),
         "curve": curve._asdict() | {"level": sorted(arguments.levels)},
         "bd_rate": [
-            {name: value._asdict() if isinstance(value, BdRate) else value for name, value in row._asdict().items()}
+            {
+                name: value._asdict() if isinstance(value, BdRate) else value
+                for name, value in row._asdict().items()
+            }
             for row in comparisons
         ],
         "largest_margin": {kind: max(margins(trials, kind)) for kind in ("payload", "file")},

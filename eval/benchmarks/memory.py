@@ -54,7 +54,9 @@ def mosaic(photographs: list[Path], height: int, width: int, seed: int = 0) -> N
     for index, (top, left) in enumerate(starts):
         cell = pixels[top : top + CELL, left : left + CELL]
         with Image.open(photographs[index % len(photographs)]) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (cell.shape[1], cell.shape[0]), Image.Resampling.BICUBIC)
+            fitted = ImageOps.fit(
+                image.convert("RGB"), (cell.shape[1], cell.shape[0]), Image.Resampling.BICUBIC
+            )
         if rng.random() < 0.5:
             fitted = ImageOps.mirror(fitted)
         noisy = np.asarray(fitted, dtype=np.float32) + rng.normal(0, NOISE, cell.shape).astype(np.float32)
@@ -70,7 +72,9 @@ def write_mosaic(photographs: list[Path], height: int, width: int, path: Path) -
 def large_psnr(first: Path, second: Path) -> float:
     """PSNR in dB of two large pictures, computed row by row."""
     a, b = (read_picture(path).pixels for path in (first, second))
-    errors = [float(np.square(x.astype(np.float32) - y).mean(dtype=np.float64)) for x, y in zip(a, b, strict=True)]
+    errors = [
+        float(np.square(x.astype(np.float32) - y).mean(dtype=np.float64)) for x, y in zip(a, b, strict=True)
+    ]
     return 10 * math.log10(255**2 / (sum(errors) / len(errors)))
 
 
@@ -114,7 +118,9 @@ def main(argv: list[str] | None = None) -> None:
     # the pictures are made and compared in processes of their own.
     processes = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
     with tempfile.TemporaryDirectory() as folder, processes as pool:
-        original, coded, decoded = (Path(folder, name) for name in ("original.png", "coded.cpd", "decoded.png"))
+        original, coded, decoded = (
+            Path(folder, name) for name in ("original.png", "coded.cpd", "decoded.png")
+        )
         pool.apply(write_mosaic, (photographs, height, width, original))
         options = ["--codec", str(arguments.codec.path), "--device", "cpu", "--quiet"]
         runs = [

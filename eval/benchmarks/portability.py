@@ -94,7 +94,9 @@ class Outcome:
     wrong_files: set[str] = field(default_factory=set)  # undecodable, or unlike what the encoder put in
     latent_difference: float = 0.0  # largest
 
-    def add(self, payload: Payload, expected: str, reference: Decoded | None, decoded: Decoded | None) -> None:
+    def add(
+        self, payload: Payload, expected: str, reference: Decoded | None, decoded: Decoded | None
+    ) -> None:
         """Count one payload; `expected` is the digest of what the encoder put in."""
         self.files.add(payload.file)
         if decoded is None or digest(decoded.exchanges) != expected:
@@ -274,7 +276,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--levels", type=float, nargs="+", default=LEVELS, help="qualities (1 .. 8)")
     parser.add_argument("--device", default="cpu", help="of --write: auto, cpu or cuda (cpu)")
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--write", type=Path, metavar="FOLDER", help="write files and digests there, and no results")
+    modes.add_argument(
+        "--write", type=Path, metavar="FOLDER", help="write files and digests there, and no results"
+    )
     modes.add_argument("--compare", type=Path, metavar="FOLDER", help="decode what --write left there")
     arguments = parser.parse_args(argv)
     if not (arguments.compare or arguments.data):

@@ -22,6 +22,7 @@ from compand.eval.benchmarks.provenance import markdown_table, provenance, write
 from compand.image_codec import ImageCodec, tile_rows
 from compand.pictures import psnr, read_picture
 from compand.train.export import load_run
+from compand.weights import in_channels_last
 
 
 @torch.inference_mode()
@@ -33,7 +34,7 @@ def curve(codec: ImageCodec, pictures: Sequence[Path]) -> Curve:
         rates, qualities = [], []
         for path in pictures:
             pixels = read_picture(path, strip=True).pixels
-            (tile,) = tile_rows(*pixels.shape[:2], 0)[0]
+            (tile,) = tile_rows(pixels.shape[0], pixels.shape[1], 0)[0]
             output = codec.bottleneck(codec.analyse(pixels, tile, level * QUALITY_STEPS), quality)
             x_hat = codec.transform.synthesis(output.y_hat, quality)[0].permute(1, 2, 0)
             decoded = (x_hat[: tile.bottom, : tile.right] * 255).round().clamp(0, 255).byte().numpy()
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, help="checkpoint of the training run (.ckpt)")
     arguments = program.parse(parser, argv)
     trained, facts = load_run(arguments.run)
-    trained.eval().to(memory_format=torch.channels_last)
+    in_channels_last(trained.eval())
     curves = {"floating point": curve(trained, arguments.data)}
     trained.bottleneck.freeze()
     curves["integers, trained densities"] = curve(trained, arguments.data)

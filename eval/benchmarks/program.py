@@ -17,7 +17,9 @@ from compand.weights import build
 def parser(documentation: str, name: str) -> argparse.ArgumentParser:
     """A parser with the options of every benchmark; `name` is the stem of its results."""
     result = argparse.ArgumentParser(description=documentation.splitlines()[0])
-    result.add_argument("-o", "--output", type=Path, default=RESULTS / f"{name}.json", help="results, a .json file")
+    result.add_argument(
+        "-o", "--output", type=Path, default=RESULTS / f"{name}.json", help="results, a .json file"
+    )
     result.add_argument("-f", "--force", action="store_true", help="replace existing results")
     return result
 
@@ -35,7 +37,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, *suffixes
 
 def add_codec(parser: argparse.ArgumentParser) -> None:
     """The option --codec."""
-    parser.add_argument("-c", "--codec", type=_checkpoint, default="hyperprior", help="checkpoint: a name or a folder")
+    parser.add_argument(
+        "-c", "--codec", type=_checkpoint, default="hyperprior", help="checkpoint: a name or a folder"
+    )
 
 
 def add_pictures(parser: argparse.ArgumentParser, *, required: bool = False) -> None:

@@ -55,7 +55,9 @@ class Variant(NamedTuple):
 VARIANTS = {
     "bfloat16": Variant("compand, bfloat16", ours=True, tuned=True, reduced=True),
     "float32": Variant("compand, float32", ours=True, tuned=True),
-    "bfloat16-untuned": Variant("compand, bfloat16, allocator as it comes", ours=True, tuned=False, reduced=True),
+    "bfloat16-untuned": Variant(
+        "compand, bfloat16, allocator as it comes", ours=True, tuned=False, reduced=True
+    ),
     "float32-untuned": Variant("compand, float32, allocator as it comes", ours=True, tuned=False),
     "peer": Variant("mbt2018_mean as it comes", ours=False, tuned=False),
     "peer-tuned": Variant("mbt2018_mean, tuned", ours=False, tuned=True),
@@ -71,7 +73,8 @@ class Times(NamedTuple):
     def merged(self, other: Times) -> Times:
         names = self.parts.keys() | other.parts.keys()
         return Times(
-            self.total + other.total, {name: self.parts.get(name, []) + other.parts.get(name, []) for name in names}
+            self.total + other.total,
+            {name: self.parts.get(name, []) + other.parts.get(name, []) for name in names},
         )
 
 
@@ -142,7 +145,9 @@ Coder = tuple[Callable[[], tuple[Any, int]], Callable[[Any], object]]
 """Encodes to something of so many bytes; decodes that."""
 
 
-def _ours(variant: Variant, arguments: argparse.Namespace, pixels: NDArray[np.uint8], stopwatch: Stopwatch) -> Coder:
+def _ours(
+    variant: Variant, arguments: argparse.Namespace, pixels: NDArray[np.uint8], stopwatch: Stopwatch
+) -> Coder:
     codec = program.image_codec(arguments.codec, "cpu", reduced=variant.reduced)
     stopwatch.watch("transform", codec.transform, "analysis", "synthesis")
     if hasattr(codec.bottleneck, "hyper_analysis"):
@@ -158,7 +163,9 @@ def _ours(variant: Variant, arguments: argparse.Namespace, pixels: NDArray[np.ui
     return encode, codec.decode
 
 
-def _peer(variant: Variant, arguments: argparse.Namespace, pixels: NDArray[np.uint8], stopwatch: Stopwatch) -> Coder:
+def _peer(
+    variant: Variant, arguments: argparse.Namespace, pixels: NDArray[np.uint8], stopwatch: Stopwatch
+) -> Coder:
     from compressai.zoo import mbt2018_mean
 
     torch.manual_seed(0)
@@ -166,7 +173,10 @@ def _peer(variant: Variant, arguments: argparse.Namespace, pixels: NDArray[np.ui
     model.update(force=True)
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(255).contiguous()
     if variant.tuned:
-        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+        model, x = (
+            model.to(memory_format=torch.channels_last),
+            x.contiguous(memory_format=torch.channels_last),
+        )
 
     def encode() -> tuple[dict[str, Any], int]:
         coded = model.compress(x)
@@ -238,7 +248,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--warm-up", type=int, default=3, help="repetitions before those that count")
     parser.add_argument("--repetitions", type=int, default=9, help="of each direction in each process")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
-    parser.add_argument("--variant", choices=VARIANTS, help="print the times of one variant as JSON, write nothing")
+    parser.add_argument(
+        "--variant", choices=VARIANTS, help="print the times of one variant as JSON, write nothing"
+    )
     arguments = parser.parse_args(argv)
     arguments.data = arguments.data or [photograph()]
     if arguments.variant:
@@ -264,7 +276,11 @@ def main(argv: list[str] | None = None) -> None:
         f"{arguments.repetitions} repetitions for each variant; the CPU {fast} bfloat16 arithmetic"
     )
     write_results(
-        arguments.output, {"variants": results, "times_faster": ratios}, origin, report=report, force=arguments.force
+        arguments.output,
+        {"variants": results, "times_faster": ratios},
+        origin,
+        report=report,
+        force=arguments.force,
     )
     print(report)
 
