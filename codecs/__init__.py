@@ -77,7 +77,7 @@ def decode(data: bytes, *, device: str = "auto", partial: bool = False) -> Pictu
     """Decodes the bytes of a .cpd file with the checkpoint that it names.
 
     Raises:
-        BitstreamError: the file is damaged; with `partial`, only if nothing of it can be decoded.
+        BitstreamError: the file is damaged; with `partial`, only if its header is or no tile can be decoded.
         CheckpointError: the file needs a checkpoint that is not installed.
     """
     from compand.checkpoint import for_header, load

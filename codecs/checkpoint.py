@@ -136,13 +136,16 @@ def find(name: str | Path) -> CheckpointInfo:
 def for_header(header: Header) -> CheckpointInfo:
     """The shipped checkpoint that decodes a file: the one with its synthesis, else the newest with its symbols.
 
+    A compact file does not name its synthesis; it belongs to the oldest checkpoint with its symbols, so that later
+    releases do not change it.
+
     Raises:
         CheckpointError: no checkpoint here has the file's tables; decoding with another would give noise.
     """
     fits = [info for info in _shipped() if matches(info, header)]
     same = [info for info in fits if info.synthesis == header.synthesis]
     if same or fits:
-        return (same or fits)[-1]
+        return fits[0] if header.compact else (same or fits)[-1]
     ids = {entry.codec_id: entry.name for entry in registry.entries()}
     codec = header.codec_name or ids.get(header.codec_id)
     if codec is None:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from compand.coding.container import Container
 
 SUFFIX = ".cpd"
-QUALITY_STEPS = 32  # image codecs store their quality as an integer in 1/32 level
 
 # Plain help: the rich kind takes longer to import than all the rest.
 app = typer.Typer(
@@ -372,6 +371,7 @@ def info(paths: Files, recursive: Recursive = False, as_json: Json = False) -> N
 def _describe(name: str, data: bytes, content: Container) -> dict[str, Any]:
     from compand.checkpoint import for_header
     from compand.coding.container import ExtraKind, ImageGeometry
+    from compand.registry import QUALITY_STEPS
 
     header = content.header
     try:

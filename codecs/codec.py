@@ -28,15 +28,13 @@ from torch import Tensor, nn
 from compand import registry
 from compand.checkpoint import CheckpointInfo
 from compand.errors import UsageError
+from compand.registry import QUALITY_STEPS as QUALITY_STEPS
 
 T = TypeVar("T")
 Counts = Sequence[Mapping[int, int]]
 """For each table of a set, how often each symbol was seen."""
 Progress = Callable[[int, int], None]
 """Called with the number of chunks done and of all chunks."""
-
-QUALITY_STEPS = 32
-"""Qualities are stored as integers in units of 1/32 level."""
 
 
 @dataclass
@@ -112,6 +110,11 @@ class Bottleneck(nn.Module, ABC):
     def decompress(self, payloads: Sequence[bytes], shape: tuple[int, int], quality: int) -> Tensor:
         """Payloads of `batch` items of latent shape (h, w) -> y_hat [batch, M, h, w], exactly the y_hat that the
         encoder's `forward` in evaluation mode gives. Raises BitstreamError on a damaged payload."""
+
+    @abstractmethod
+    def least_bits(self, shape: tuple[int, int]) -> float:
+        """A number of bits that no payload of latent shape (h, w) can be shorter than, up to the coder's rounding.
+        Readers hold it against a payload before they work on the size that a header claims."""
 
     @abstractmethod
     def count(self, y: Tensor, quality: int) -> list[tuple[NDArray[np.int64], NDArray[np.int32]]]:
@@ -240,6 +243,10 @@ class Codec(nn.Module, ABC):
     @abstractmethod
     def decode(self, data: bytes, *, partial: bool = False, progress: Progress | None = None) -> Any:
         """The bytes of a .cpd file to samples."""
+
+    @abstractmethod
+    def latents(self, data: bytes) -> Tensor:
+        """The dequantised latents of a file, without synthesis: what compressed-domain learning reads."""
 
     @abstractmethod
     def check(self, data: bytes, progress: Progress | None = None) -> None:

@@ -25,6 +25,9 @@ from compand.pictures import psnr as psnr_of
 TILE = 1024
 """Edge of the tiles into which larger pictures are cut, in pixels."""
 
+SLACK_BITS = 64
+"""How many bits a stream may be shorter than the sum of its symbols' contents, by the coder's rounding."""
+
 MAX_TILE = 2048
 """Largest tile that a decoder accepts; bounds its memory, whatever a file claims."""
 
@@ -62,7 +65,8 @@ class ImageCodec(Codec):
 
     Pictures beyond TILE pixels on an edge are coded in tiles. Analysis and synthesis of a tile see `transform.context`
     pixels (or the latents of that width) of its neighbours, so that tiles fit together as if the picture had been
-    transformed whole, while each tile's symbols stand on their own: damage stays within it.
+    transformed whole, while each tile's symbols stand on their own: of a damaged tile, the others show no more than a
+    margin of `context` pixels.
     """
 
     medium = "image"
@@ -133,11 +137,12 @@ class ImageCodec(Codec):
 
         Args:
             data: the bytes of a .cpd file.
-            partial: decode what is intact; damaged tiles come out gray and are listed in `Picture.damage`.
+            partial: decode what is intact; damaged tiles come out gray and are listed in `Picture.damage`. Pixels
+                within `transform.context` of them differ from those of the intact file.
             progress: called after each tile.
 
         Raises:
-            BitstreamError: damage (without `partial`, or in the header).
+            BitstreamError: damage (without `partial`), a damaged header, or no tile that is intact.
             CheckpointError: the file needs another checkpoint.
         """
         content, geometry, grid = self._read(data, partial)
@@ -145,11 +150,19 @@ class ImageCodec(Codec):
         # Zeros take no memory until they are written.
         pixels = np.zeros((geometry.height, geometry.width, geometry.channels), dtype=np.uint8)
         total = content.header.chunk_count()
+        lost = []
         for done, (tile, window) in enumerate(self._windows(content, grid, partial), start=1):
             area = np.s_[tile.top : tile.bottom, tile.left : tile.right]
-            pixels[area] = 128 if window is None else self._synthesise(window, tile, quality, geometry)
+            if window is None:
+                lost.append(area)
+            else:
+                pixels[area] = self._synthesise(window, tile, quality, geometry)
             if progress is not None:
                 progress(done, total)
+        if len(lost) == total:
+            raise content.damage[0]
+        for area in lost:
+            pixels[area] = 128
         alpha, icc = self._read_extras(content, geometry, partial)
         return Picture(pixels, alpha, icc, geometry.bit_depth, damage=tuple(content.damage))
 
@@ -263,10 +276,14 @@ class ImageCodec(Codec):
     def _latents(self, content: Container, tile: Tile) -> Tensor:
         """y_hat of one tile, [M, h, w]. Raises BitstreamError that names the chunk."""
         payload = content.chunks[tile.index]
-        if payload is None:
+        if not payload:
             raise BitstreamError("the chunk is damaged", chunk=tile.index, offset=content.offsets[tile.index])
+        shape = tile.latent_shape(self.transform.stride)
+        if 8 * len(payload) + SLACK_BITS < self.bottleneck.least_bits(shape):
+            size = f"{tile.right - tile.left} x {tile.bottom - tile.top} pixels"
+            fact = f"{len(payload)} bytes cannot hold {size}: the file is damaged"
+            raise BitstreamError(fact, chunk=tile.index, offset=content.offsets[tile.index])
         try:
-            shape = tile.latent_shape(self.transform.stride)
             return self.bottleneck.decompress([payload], shape, content.header.settings[0])[0]
         except BitstreamError as error:
             raise BitstreamError(str(error), chunk=tile.index, offset=content.offsets[tile.index]) from None
@@ -336,7 +353,7 @@ class ImageCodec(Codec):
         self, content: Container, geometry: ImageGeometry, partial: bool
     ) -> tuple[NDArray[np.uint8] | None, bytes | None]:
         alpha, icc = None, None
-        for extra in content.extras:
+        for extra, offset in zip(content.extras, content.extra_offsets, strict=True):
             if extra.kind == ExtraKind.ICC:
                 icc = extra.payload
             elif extra.kind == ExtraKind.OPAQUE_ALPHA:
@@ -345,9 +362,10 @@ class ImageCodec(Codec):
                 try:
                     alpha = decode_alpha(extra.payload, geometry.height, geometry.width)
                 except BitstreamError as error:
+                    damage = BitstreamError(str(error), offset=offset)
                     if not partial:
-                        raise
-                    content.damage.append(error)
+                        raise damage from None
+                    content.damage.append(damage)
         return alpha, icc
 
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from compand.codec import Codec
 
 
+QUALITY_STEPS = 32
+"""Qualities are stored as integers in units of 1/32 level."""
+
+
 @dataclass(frozen=True)
 class CodecEntry:
     """What is known of a codec without importing it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,12 @@ def _weights_fingerprint(tensors: dict[str, Tensor]) -> bytes:
     return fingerprint({name: _content(value) for name, value in tensors.items()})
 
 
+def check_new(folder: Path) -> None:
+    """Raises CheckpointError if a folder holds anything: a released version never changes."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists already: export to a new version")
+
+
 def save(codec: Codec, folder: Path) -> None:
     """Writes model.safetensors and config.json of a codec whose bottleneck is frozen.
 
@@ -68,8 +75,7 @@ def save(codec: Codec, folder: Path) -> None:
     Raises:
         CheckpointError: the folder holds a checkpoint already; a released version never changes.
     """
-    if (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} holds a checkpoint already: export to a new version")
+    check_new(folder)
     bare = codec.from_architecture(codec.architecture, trainable=False)
     state = codec.state_dict()
     coarse = tuple(f"bottleneck.{part}" for part in codec.bottleneck.coarse_parts)
@@ -98,9 +104,15 @@ def save(codec: Codec, folder: Path) -> None:
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "architecture": codec.architecture,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all: written beside its place, then renamed.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as draft:
+        written = Path(draft, folder.name)
+        written.mkdir()
+        save_file(tensors, written / "model.safetensors")
+        (written / "model.safetensors").chmod(0o644)
+        (written / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        written.rename(folder)
 
 
 def _read(info: CheckpointInfo) -> dict[str, Tensor]:
@@ -188,9 +200,7 @@ def build(info: CheckpointInfo, device: str, *, reduced: bool | None = None) -> 
     found = (*_fingerprints(codec, tensors), _weights_fingerprint(tensors))
     if (info.symbols, info.synthesis, info.weights) != found:
         raise CheckpointError(f"{path} is not the file that its config.json names: restore the checkpoint")
-    codec.bottleneck.load_frozen(
-        {name: value.int().numpy() for name, value in subset(tensors, FROZEN).items()}
-    )
+    codec.bottleneck.load_frozen(_integers(tensors))
     codec.info = info
     codec.requires_grad_(False).eval().to(place)
     in_channels_last(codec)

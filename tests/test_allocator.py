@@ -31,7 +31,9 @@ print(first, faults())
 
 @glibc
 def test_large_blocks_are_reused():
-    output = subprocess.run([sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True
+    ).stdout
     accepted, before, after = output.split()
     assert accepted == "True"
     assert int(after) < int(before) / 10

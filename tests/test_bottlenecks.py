@@ -31,7 +31,6 @@ from compand.image_codec import tile_rows
 NAMES = [entry.name for entry in registry.entries() if entry.medium == "image"]
 
 
-
 def adam_groups(module: torch.nn.Module) -> list[dict[str, object]]:
     """Parameters with faster steps for quantiles, which start far from the tails."""
     quantiles = [p for n, p in module.named_parameters() if n.endswith("quantiles")]
@@ -64,7 +63,9 @@ def test_gains_are_interpolated_in_the_logarithm(quality):
 def test_items_of_a_batch_have_their_own_quality():
     table = torch.arange(24.0).view(8, 3)
     got = level_table_at(table, torch.tensor([32, 256, 48, 255]))
-    expected = torch.stack([table[0], table[7], (table[0] + table[1]) / 2, table[6] * (1 / 32) + table[7] * (31 / 32)])
+    expected = torch.stack(
+        [table[0], table[7], (table[0] + table[1]) / 2, table[6] * (1 / 32) + table[7] * (31 / 32)]
+    )
     torch.testing.assert_close(got, expected)
     assert torch.equal(level_table_at(table[:1], torch.tensor([32])), table[:1])
 
@@ -222,7 +223,9 @@ def test_training_gradients_reach_every_parameter(name, trained, scenery):
     y = codec.analyse(scenery[:64, :64], tile, 100)
     output = codec.bottleneck(y, torch.tensor([100]))
     (output.bits.sum() + output.y_hat.square().sum() + output.losses["auxiliary"]).backward()
-    missing = [n for n, p in codec.bottleneck.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    missing = [
+        n for n, p in codec.bottleneck.named_parameters() if p.grad is None or not p.grad.isfinite().all()
+    ]
     assert not missing
 
 
@@ -237,7 +240,9 @@ def test_counting_sees_what_compress_codes(name, exact, scenery):
     for (indexes, symbols), number in zip(counted, bottleneck.table_counts(), strict=True):
         assert indexes.shape == symbols.shape and indexes.min() >= 0 and indexes.max() < number
     tables = [bottleneck.tables] if name == "factorized" else bottleneck._frozen()
-    total = sum(part.bits(symbols, indexes).sum() for part, (indexes, symbols) in zip(tables, counted, strict=True))
+    total = sum(
+        part.bits(symbols, indexes).sum() for part, (indexes, symbols) in zip(tables, counted, strict=True)
+    )
     assert total == pytest.approx(bits)
 
 

@@ -65,7 +65,9 @@ def test_facts(folder):
     assert (info.name, info.version, info.medium, info.path) == (folder.name, 3, "image", folder)
     assert info.codec == folder.name.removesuffix("-v3") and len(info.symbols) == len(info.synthesis) == 4
     assert info.size == (folder / "model.safetensors").stat().st_size and info.qualities == (1, 8)
-    assert info.parameters == sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+    assert info.parameters == sum(
+        tensor.numel() for tensor in load_file(folder / "model.safetensors").values()
+    )
     assert read_info(folder.rename(folder.parent / "mine")).version == 0
 
 
@@ -99,7 +101,9 @@ def test_released_checkpoints_are_what_their_configs_say():
 def test_found_by_codec_by_name_and_by_folder(shipped, checkpoint_of):
     assert find("hyperprior").name == "hyperprior-v2" and find("hyperprior-v1").name == "hyperprior-v1"
     assert find("factorized") is shipped[2] and find(str(checkpoint_of("hyperprior"))) == shipped[0]
-    with pytest.raises(CheckpointError, match=r"hyperprior-v9 not found.*folder or one of hyperprior-v1") as error:
+    with pytest.raises(
+        CheckpointError, match=r"hyperprior-v9 not found.*folder or one of hyperprior-v1"
+    ) as error:
         find("hyperprior-v9")
     one_line(error)
 
@@ -298,7 +302,13 @@ def test_fingerprints_separate_prior_and_synthesis(checkpoint_of, tmp_path):
 def test_the_fingerprint_is_of_names_lengths_and_contents():
     base = {"a": b"12", "b": b"3"}
     assert fingerprint(base) == fingerprint({"b": b"3", "a": b"12"}) and len(fingerprint(base)) == 4
-    others = ({"a": b"1", "b": b"23"}, {"a": b"12", "c": b"3"}, {"a": b"12"}, {"a": b"12", "b": b"4"}, {"a\0002": b""})
+    others = (
+        {"a": b"1", "b": b"23"},
+        {"a": b"12", "c": b"3"},
+        {"a": b"12"},
+        {"a": b"12", "b": b"4"},
+        {"a\0002": b""},
+    )
     assert len({fingerprint(base), *map(fingerprint, others)}) == 6
 
 
@@ -347,7 +357,9 @@ def test_a_warm_start_that_does_not_fit(checkpoint_of):
     with pytest.raises(CheckpointError, match="no weights in common") as error:
         warm_start(stranger, info)
     one_line(error)
-    narrow = registry.by_name("hyperprior").load_class()(**dict(info.architecture) | {"hyper_widths": [8, 8, 8]})
+    narrow = registry.by_name("hyperprior").load_class()(
+        **dict(info.architecture) | {"hyper_widths": [8, 8, 8]}
+    )
     with pytest.raises(CheckpointError) as error:
         warm_start(narrow, info)
     one_line(error)

@@ -53,7 +53,9 @@ def noise(height: int, width: int) -> np.ndarray:
     generator = np.random.default_rng(5)
     blocks = generator.integers(0, 2, (-(-height // 16), -(-width // 16), 3)).repeat(16, 0).repeat(16, 1)
     single = generator.integers(0, 2, (height, width, 3))
-    return ((blocks[:height, :width] ^ (single & (generator.random((height, width, 1)) < 0.3))) * 255).astype(np.uint8)
+    return ((blocks[:height, :width] ^ (single & (generator.random((height, width, 1)) < 0.3))) * 255).astype(
+        np.uint8
+    )
 
 
 def replaced(data: bytes, index: int, chunk: bytes) -> bytes:
@@ -73,7 +75,9 @@ def test_what_is_registered_is_what_the_class_says(entry):
 
 
 def test_ids_never_change():
-    assert {"hyperprior": 1, "factorized": 2}.items() <= {e.name: e.codec_id for e in registry.entries()}.items()
+    assert {"hyperprior": 1, "factorized": 2}.items() <= {
+        e.name: e.codec_id for e in registry.entries()
+    }.items()
     ids = [entry.codec_id for entry in registry.entries() if entry.codec_id]
     assert len(set(ids)) == len(ids)
 
@@ -81,7 +85,9 @@ def test_ids_never_change():
 def test_facts(codec):
     assert codec.name == codec.info.codec and codec.codec_id == codec.info.codec_id
     assert codec.info.qualities == (1, codec.levels) and codec.device.type == "cpu" and not codec.training
-    assert codec.transform.context % codec.transform.stride == 0 and codec.transform.context <= image_codec.TILE
+    assert (
+        codec.transform.context % codec.transform.stride == 0 and codec.transform.context <= image_codec.TILE
+    )
     assert codec.bottleneck.latent_channels == codec.transform.latent_channels
 
 
@@ -122,7 +128,11 @@ def test_decompress_gives_exactly_what_forward_promised(codec, scenery, level):
         batch = codec.bottleneck.decompress(payloads, tuple(y.shape[2:]), level)
         single = [codec.bottleneck.decompress([payload], tuple(y.shape[2:]), level) for payload in payloads]
     assert len(set(payloads)) == 3
-    assert batch.dtype == torch.float32 and torch.equal(batch, promised) and torch.equal(batch, torch.cat(single))
+    assert (
+        batch.dtype == torch.float32
+        and torch.equal(batch, promised)
+        and torch.equal(batch, torch.cat(single))
+    )
     # Quantised, not ignored: finer steps come closer.
     assert 0 < float((batch - y).abs().mean()) < 2 * float(y.abs().mean())
 
@@ -163,7 +173,9 @@ def test_tiles_are_counted_in_the_estimate(codec, scenery, small_tiles):
 def test_extreme_contrast_passes_through_escapes(codec, monkeypatch):
     escapes = []
     codes = ans.escape_codes
-    monkeypatch.setattr(ans, "escape_codes", lambda values, *rest: (escapes.extend(values), codes(values, *rest))[1])
+    monkeypatch.setattr(
+        ans, "escape_codes", lambda values, *rest: (escapes.extend(values), codes(values, *rest))[1]
+    )
     pixels = noise(120, 136)
     y = analysed(codec, pixels, 256) * 50
     with torch.inference_mode():
@@ -200,7 +212,10 @@ def test_only_frozen_codecs_code_and_only_trainable_ones_train(codec, scenery, t
 
 @slow
 @given(
-    height=st.integers(1, 70), width=st.integers(1, 70), channels=st.sampled_from([1, 3]), level=st.integers(32, 256)
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    channels=st.sampled_from([1, 3]),
+    level=st.integers(32, 256),
 )
 def test_pictures_of_any_size(codec, scenery, height, width, channels, level):
     pixels = scenery[100 : 100 + height, 200 : 200 + width, :channels]
@@ -211,7 +226,11 @@ def test_pictures_of_any_size(codec, scenery, height, width, channels, level):
     decoded = codec.decode(data)
     assert decoded.pixels.shape == pixels.shape and decoded.pixels.dtype == np.uint8
     stride = codec.transform.stride
-    assert codec.latents(data).shape == (codec.transform.latent_channels, -(-height // stride), -(-width // stride))
+    assert codec.latents(data).shape == (
+        codec.transform.latent_channels,
+        -(-height // stride),
+        -(-width // stride),
+    )
     assert np.abs(decoded.pixels.astype(int) - pixels).mean() < 50
 
 
@@ -258,7 +277,9 @@ def test_profiles_and_depth_travel_in_the_file(codec, scenery, tmp_path):
     deep.save(tmp_path / "deep.png")
     data = codec.encode(tmp_path / "deep.png", quality=8)
     decoded = codec.decode(data)
-    assert decoded.bit_depth == 16 and decoded.pixels.shape == (30, 31, 1) and decoded.pixels.dtype == np.uint8
+    assert (
+        decoded.bit_depth == 16 and decoded.pixels.shape == (30, 31, 1) and decoded.pixels.dtype == np.uint8
+    )
     assert np.array_equal(decoded.pixels, codec.decode(codec.encode(scenery[:30, :31, 0], quality=8)).pixels)
 
 
@@ -325,7 +346,9 @@ def test_psnr_is_the_smallest_quality_that_reaches_it(codec, scenery):
     assert container.read_header(codec.encode(pixels, psnr=1)).settings == (32,)
 
 
-@pytest.mark.parametrize("target", [{"bpp": 1e-4}, {"bpp": 0}, {"bpp": -1}, {"psnr": 99}, {"psnr": float("inf")}])
+@pytest.mark.parametrize(
+    "target", [{"bpp": 1e-4}, {"bpp": 0}, {"bpp": -1}, {"psnr": 99}, {"psnr": float("inf")}]
+)
 def test_targets_out_of_reach(codec, scenery, target):
     with pytest.raises(CompandError, match=r"cannot be reached.*(allow more|ask for less)"):
         codec.encode(scenery[:64, :64], **target)
@@ -351,7 +374,9 @@ def test_headers_are_short(codec, scenery):
     assert len(short) - payload <= 12 and len(long) - payload <= 32
     assert np.array_equal(codec.decode(short).pixels, codec.decode(long).pixels)
     photo = codec.encode(scenery, quality=8)
-    assert not container.read_header(photo).compact and len(photo) - len(container.read(photo).chunks[0]) <= 32
+    assert (
+        not container.read_header(photo).compact and len(photo) - len(container.read(photo).chunks[0]) <= 32
+    )
 
 
 def test_files_are_the_same_each_time(codec, scenery):
@@ -500,11 +525,24 @@ def test_forged_payloads_end_in_an_error_or_a_picture(codec, scenery, mutation):
         payload[mutation.draw(st.integers(0, len(payload) - 1))] = mutation.draw(st.integers(0, 255))
     cut = mutation.draw(st.integers(0, len(payload)))
     forged = replaced(data, 0, bytes(payload[:cut] if mutation.draw(st.booleans()) else payload))
-    try:
-        assert codec.decode(forged).pixels.shape == (70, 50, 3)
-    except BitstreamError as error:
-        assert error.chunk == 0
-    assert codec.decode(forged, partial=True).pixels.shape == (70, 50, 3)
+    # The only chunk is all there is to decode, so a partial result is no more than a whole one.
+    for partial in (False, True):
+        try:
+            assert codec.decode(forged, partial=partial).pixels.shape == (70, 50, 3)
+        except BitstreamError as error:
+            assert error.chunk == 0
+            assert error.offset is not None
+
+
+def test_a_small_file_cannot_claim_a_large_picture(codec, scenery):
+    header = container.read_header(codec.encode(scenery[:64, :64], quality=3, compact=False))
+    forged = replace(header, geometry=container.ImageGeometry(20480, 20480, 3), chunk_size=2048)
+    for payload in (b"", b"\x07"):
+        data = container.write(forged, [payload] * forged.chunk_count())
+        for partial in (False, True):
+            with pytest.raises(BitstreamError) as caught:
+                codec.decode(data, partial=partial)
+            assert caught.value.chunk == 0 and caught.value.offset is not None
 
 
 # ------------------------------------------------------------------------------------------------- portability
@@ -558,7 +596,9 @@ def test_files_of_one_device_decode_on_another(codec, checkpoint_of, scenery):
         for level in LEVELS:
             data = writer.encode(scenery, quality=level / 32)
             reader.check(data)
-            assert torch.allclose(writer.latents(data).cpu(), reader.latents(data).cpu(), rtol=1e-5, atol=1e-6)
+            assert torch.allclose(
+                writer.latents(data).cpu(), reader.latents(data).cpu(), rtol=1e-5, atol=1e-6
+            )
 
 
 def test_threads_may_share_a_codec(codec, checkpoint_of, scenery):

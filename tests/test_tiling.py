@@ -51,7 +51,10 @@ def test_latents_of_tiles_add_up(height, width, stride):
     rows = tile_rows(height, width, 64)
     assert sum(row[0].latent_shape(stride)[0] for row in rows) == -(-height // stride)
     assert sum(tile.latent_shape(stride)[1] for tile in rows[0]) == -(-width // stride)
-    assert Tile(0, 10, 10 + height, 5, 5 + width).latent_shape(stride) == (-(-height // stride), -(-width // stride))
+    assert Tile(0, 10, 10 + height, 5, 5 + width).latent_shape(stride) == (
+        -(-height // stride),
+        -(-width // stride),
+    )
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -86,7 +89,9 @@ def test_no_seams(codec, scenery, size, channels, small_tiles):
     data = codec.encode(scenery[: size[0], 50 : 50 + size[1], :channels], quality=7)
     assert container.read_header(data).chunk_size == EDGE
     with torch.inference_mode():
-        x = codec.transform.synthesis(codec.latents(data)[None], torch.tensor([224]))[0, :, : size[0], : size[1]]
+        x = codec.transform.synthesis(codec.latents(data)[None], torch.tensor([224]))[
+            0, :, : size[0], : size[1]
+        ]
     if channels == 1:
         x = x.mean(0, keepdim=True)
     whole = (x * 255).round().clamp(0, 255).permute(1, 2, 0).numpy().astype(int)

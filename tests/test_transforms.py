@@ -35,7 +35,9 @@ def varied(**arguments) -> PatchTransform:
     return transform.eval()
 
 
-shapes = st.tuples(st.integers(1, 2), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+shapes = st.tuples(
+    st.integers(1, 2), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)
+)
 
 
 @given(shapes)
@@ -57,7 +59,9 @@ def test_folded_memory_is_channels_last():
 # ------------------------------------------------------------------------------------------------------- basis
 
 
-@pytest.mark.parametrize(("stride", "channels"), [(16, 256), (16, 48), (8, 192), (4, 48), (4, 40), (8, 7), (2, 1)])
+@pytest.mark.parametrize(
+    ("stride", "channels"), [(16, 256), (16, 48), (8, 192), (4, 48), (4, 40), (8, 7), (2, 1)]
+)
 def test_the_basis_is_orthonormal(stride, channels):
     basis = dct_patch_basis(stride, channels).double()
     assert basis.shape == (channels, 3 * stride**2)
@@ -96,7 +100,9 @@ def test_a_full_linear_path_is_lossless():
             last.weight.zero_()
         x = torch.rand(2, 3, 16, 24)
         quality = torch.tensor([32, 200])
-        torch.testing.assert_close(transform.synthesis(transform.analysis(x, quality), quality), x, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            transform.synthesis(transform.analysis(x, quality), quality), x, atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -179,10 +185,18 @@ def test_the_block_is_its_formula():
     block = DepthwiseBlock(4, kernel=3, expansion=2)
     x = torch.randn(1, 4, 5, 6)
     with torch.no_grad():
-        inner = torch.nn.functional.conv2d(x, block.depthwise.weight, block.depthwise.bias, padding=1, groups=4)
-        wide = torch.einsum("oi,bihw->bohw", block.expand.weight[..., 0, 0], inner) + block.expand.bias[:, None, None]
+        inner = torch.nn.functional.conv2d(
+            x, block.depthwise.weight, block.depthwise.bias, padding=1, groups=4
+        )
+        wide = (
+            torch.einsum("oi,bihw->bohw", block.expand.weight[..., 0, 0], inner)
+            + block.expand.bias[:, None, None]
+        )
         gelu = 0.5 * wide * (1 + torch.erf(wide / 2**0.5))
-        out = torch.einsum("oi,bihw->bohw", block.project.weight[..., 0, 0], gelu) + block.project.bias[:, None, None]
+        out = (
+            torch.einsum("oi,bihw->bohw", block.project.weight[..., 0, 0], gelu)
+            + block.project.bias[:, None, None]
+        )
         torch.testing.assert_close(block(x), x + out)
 
 

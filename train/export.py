@@ -19,7 +19,7 @@ from compand.codec import QUALITY_STEPS
 from compand.errors import CheckpointError
 from compand.image_codec import TILE, ImageCodec, tile_rows
 from compand.train.images import find_images, read_rgb
-from compand.weights import choose_device, save
+from compand.weights import check_new, choose_device, save
 
 
 def load_run(path: Path) -> tuple[ImageCodec, dict[str, Any]]:
@@ -92,6 +92,7 @@ def export(codec: ImageCodec, folder: Path, images: Sequence[Path], device: str 
         folder: new folder NAME-vN.
         images: training images; without any, the tables follow the densities alone.
     """
+    check_new(folder)
     codec.eval().to(choose_device(device))
     codec.bottleneck.freeze()
     if images:

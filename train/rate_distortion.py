@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compand.checkpoint import find
 from compand.codec import QUALITY_STEPS, Codec, level_table_at
@@ -135,10 +136,9 @@ class RateDistortion(pl.LightningModule):
         return shown
 
     def training_step(self, crops: Tensor, batch_index: int) -> None:
-        graphed = self.cuda_graph and crops.is_cuda and self.trainer.world_size == 1
         optimizer: Any = self.optimizers()
         self._set_learning_rate(optimizer)
-        if graphed:
+        if crops.is_cuda and self._graphs():
             shown = self._captured_backward(crops)
         else:
             optimizer.zero_grad()
@@ -151,6 +151,10 @@ class RateDistortion(pl.LightningModule):
                 raise FloatingPointError(f"loss is {loss} at step {self.global_step}; lower --model.lr")
             values = {"loss": loss, "bpp": bpp, "psnr": -10 * math.log10(mse)}
             self.log_dict(values, prog_bar=True, on_step=True, on_epoch=False)
+
+    def _graphs(self) -> bool:
+        """Whether steps are captured: gradients of several processes are exchanged outside a graph."""
+        return self.cuda_graph and self.trainer.world_size == 1
 
     def on_train_start(self) -> None:
         self._last = time.monotonic()
@@ -166,7 +170,13 @@ class RateDistortion(pl.LightningModule):
         self._elapsed, self._last = self._elapsed + now - self._last, now
         progress = self.global_step / self.trainer.max_steps if self.trainer.max_steps > 0 else 0.0
         if self.minutes is not None:
-            progress = max(progress, self._elapsed / (60 * self.minutes))
+            # The clocks of several processes differ; all follow the first, or their weights would drift apart.
+            elapsed = (
+                self._elapsed
+                if self.trainer.world_size == 1
+                else self.trainer.strategy.broadcast(self._elapsed)
+            )
+            progress = max(progress, elapsed / (60 * self.minutes))
             self.trainer.should_stop = progress >= 1
         cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
         factor = self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine
@@ -194,12 +204,18 @@ class RateDistortion(pl.LightningModule):
         bit per pixel doubling and falls as the curve improves.
         """
         x = image.float() / 255
-        x = x[..., : x.shape[2] // 64 * 64, : x.shape[3] // 64 * 64]
+        height, width = x.shape[2:]
+        stride = self.codec.transform.stride
+        padded = F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
         cost = 0.0
         for level in range(1, self.codec.levels + 1):
             quality = torch.full((1,), level * QUALITY_STEPS, device=x.device)
-            output = self.codec.bottleneck(self.codec.transform.analysis(x, quality), quality)
-            x_hat = self.codec.transform.synthesis(output.y_hat, quality).float().clamp(0, 1)
+            output = self.codec.bottleneck(self.codec.transform.analysis(padded, quality), quality)
+            x_hat = (
+                self.codec.transform.synthesis(output.y_hat, quality)[..., :height, :width]
+                .float()
+                .clamp(0, 1)
+            )
             bpp = output.bits.sum() / x[0, 0].numel()
             psnr = -10 * torch.log10((x_hat - x).square().mean())
             cost += (torch.log10(bpp) - psnr / 20).item() / self.codec.levels
@@ -213,4 +229,4 @@ class RateDistortion(pl.LightningModule):
             {"params": others, "peak_lr": self.lr},
             {"params": quantiles, "peak_lr": 10 * self.lr, "adam_only": True},
         ]
-        return MuonAdam([g for g in groups if g["params"]], lr=self.lr, cuda_graph=self.cuda_graph)
+        return MuonAdam([g for g in groups if g["params"]], lr=self.lr, cuda_graph=self._graphs())

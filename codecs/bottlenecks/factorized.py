@@ -222,6 +222,10 @@ class FactorizedBottleneck(Bottleneck):
             escapes += part[2]
         self.tables = blend(masses, lows, escapes, counts[0] if counts else [{}] * len(masses))
 
+    def least_bits(self, shape: tuple[int, int]) -> float:
+        by_level = self._frozen().least_bits.reshape(-1, self.latent_channels).sum(1)
+        return float(shape[0] * shape[1] * by_level.min())
+
     def count(self, y: Tensor, quality: int) -> list[tuple[NDArray[np.int64], NDArray[np.int32]]]:
         """(table indexes, symbols) of every push of `compress`; what `freeze` wants counted."""
         symbols = to_symbols(y.float() * self.y_gain.gain(self._level(quality, y)))

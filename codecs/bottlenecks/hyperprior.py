@@ -235,6 +235,12 @@ class HyperpriorBottleneck(Bottleneck):
             [row[:-1] for row in rows], gaussian.lows.tolist(), [float(row[-1]) for row in rows], y_counts
         )
 
+    def least_bits(self, shape: tuple[int, int]) -> float:
+        z_tables, y_tables = self._frozen()
+        z_positions = -(-shape[0] // HYPER_STRIDE) * -(-shape[1] // HYPER_STRIDE)
+        y_symbols = self.latent_channels * shape[0] * shape[1]
+        return float(z_positions * z_tables.least_bits.sum() + y_symbols * y_tables.least_bits.min())
+
     def count(self, y: Tensor, quality: int) -> list[tuple[NDArray[np.int64], NDArray[np.int32]]]:
         """(table indexes, symbols) of z and of y as `compress` codes them; what `freeze` wants counted."""
         (z_indexes, z_symbols), (y_indexes, y_symbols), _ = self._encode(y, quality)

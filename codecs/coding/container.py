@@ -134,13 +134,14 @@ class Container:
     damage: list[BitstreamError]  # empty unless the read was partial
     header_bytes: int  # bytes of the file that are payload of neither a chunk nor an extra
     offsets: list[int]  # where in the file each chunk begins, in bytes
+    extra_offsets: list[int]  # and each extra
 
 
 @dataclass(frozen=True)
 class Limits:
     """What a reader accepts: bounds the memory that decoding can ask for."""
 
-    max_pixels: int = 1 << 30  # height x width
+    max_pixels: int = 1 << 29  # height x width
     max_samples: int = 1 << 36  # samples x channels
     max_chunks: int = 1 << 20
 
@@ -514,7 +515,7 @@ def read(
         return _read_compact(view, limits)
 
     table = _read_table(view, limits)
-    container = Container(table.header, [], [], [], table.header_bytes, [])
+    container = Container(table.header, [], [], [], table.header_bytes, [], [])
     offset = table.header_bytes
 
     def report(fact: str, chunk: int | None = None) -> None:
@@ -535,6 +536,7 @@ def read(
             container.offsets.append(offset)
         elif intact:
             container.extras.append(Extra(entry.kind, payload))
+            container.extra_offsets.append(offset)
         offset += entry.length
     if offset < len(view):
         report(f"{len(view) - offset} bytes follow the last chunk")
@@ -579,7 +581,7 @@ def _read_compact(view: memoryview, limits: Limits) -> Container:
     header = _unflatten(_read_fields(COMPACT, source, {}), source)
     _check_limits(header, limits)
     chunk = bytes(body[source.offset :])
-    return Container(header, [chunk], [], [], source.offset + COMPACT_CRC_BYTES, [source.offset])
+    return Container(header, [chunk], [], [], source.offset + COMPACT_CRC_BYTES, [source.offset], [])
 
 
 def _read_table(view: memoryview, limits: Limits) -> _Table:

@@ -191,6 +191,11 @@ class TableSet:
         return result
 
     @cached_property
+    def least_bits(self) -> NDArray[np.float64]:
+        """Information content of each table's likeliest symbol in bits, [T]: no symbol costs less."""
+        return np.array([-np.log2(table.max() / _TOTAL) for table in self.frequencies])
+
+    @cached_property
     def _information(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         shares = np.concatenate(self.frequencies).astype(np.float64) / _TOTAL
         content: NDArray[np.float64] = -np.log2(shares)

@@ -203,15 +203,21 @@ def repaired_header(rng: random.Random, files: list[Original]) -> Case:
 
 
 def forged_size(rng: random.Random, files: list[Original]) -> Case:
-    """A header that claims a picture of another size, up to 2^30 pixels an edge, and another quality."""
+    """A header that claims a picture of another size, up to 2^30 pixels an edge, and another quality; half of them in
+    tiles, for which chunks of little or nothing are there."""
     original = rng.choice(files)
     header = original.content.header
     bits = 14 if header.compact else 30
     height, width = (rng.randrange(1, 1 << rng.randint(1, bits)) for _ in range(2))
     geometry = ImageGeometry(height, width, rng.choice((1, 3)))
-    forged = replace(header, geometry=geometry, chunk_size=0, settings=(rng.randrange(32, 257),))
+    tile = 0 if header.compact or rng.random() < 0.5 else 64 * rng.randint(1, 40)
+    forged = replace(header, geometry=geometry, chunk_size=tile, settings=(rng.randrange(32, 257),))
     content = original.content
-    data = container.write(forged, [content.chunks[0] or b""], content.extras, compact=header.compact)
+    # What is a legal file of this many chunks is bounded by its size; this stays below 10 kB.
+    if forged.chunk_count() > 1000:
+        forged = replace(forged, geometry=ImageGeometry(min(height, 30 * tile), min(width, 30 * tile), 3))
+    chunks = [rng.choice((b"", b"\x07", content.chunks[0] or b"")) for _ in range(forged.chunk_count())]
+    data = container.write(forged, chunks, content.extras, compact=header.compact)
     return Case(data, (original,), repaired=True)
 
 

@@ -7,7 +7,6 @@ decode` run as commands of their own, from file to file; memory is the largest r
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import resource
@@ -25,7 +24,7 @@ from PIL import Image, ImageOps
 from compand.demo import photograph
 from compand.eval.benchmarks import program
 from compand.eval.benchmarks.provenance import markdown_table, provenance, write_results
-from compand.pictures import read_picture
+from compand.pictures import psnr, read_picture
 
 WIDTH, HEIGHT = 11_000, 9_100
 CELL = 1_000
@@ -69,13 +68,9 @@ def write_mosaic(photographs: list[Path], height: int, width: int, path: Path) -
     Image.fromarray(mosaic(photographs, height, width)).save(path, compress_level=1)
 
 
-def large_psnr(first: Path, second: Path) -> float:
-    """PSNR in dB of two large pictures, computed row by row."""
-    a, b = (read_picture(path).pixels for path in (first, second))
-    errors = [
-        float(np.square(x.astype(np.float32) - y).mean(dtype=np.float64)) for x, y in zip(a, b, strict=True)
-    ]
-    return 10 * math.log10(255**2 / (sum(errors) / len(errors)))
+def psnr_of_files(first: Path, second: Path) -> float:
+    """PSNR in dB of two pictures of equal size."""
+    return psnr(read_picture(first).pixels, read_picture(second).pixels)
 
 
 def run(command: str, source: Path, target: Path, *options: str) -> Run:
@@ -94,14 +89,14 @@ def run(command: str, source: Path, target: Path, *options: str) -> Run:
     return Run(command, usage.ru_maxrss * MAXRSS_UNIT, seconds, target.stat().st_size)
 
 
-def render(runs: list[Run], pixels: int, psnr: float) -> str:
+def render(runs: list[Run], pixels: int, quality: float) -> str:
     """The report in Markdown."""
     table = markdown_table(
         ["command", "peak resident memory, GB", "seconds", "output, bytes"],
         [[r.command, f"{r.peak_bytes / 1e9:.2f}", f"{r.seconds:.1f}", f"{r.output_bytes:,}"] for r in runs],
     )
     rate = 8 * runs[0].output_bytes / pixels
-    summary = f"{pixels / 1e6:.1f} megapixels, {rate:.3f} bits per pixel, PSNR {psnr:.2f} dB."
+    summary = f"{pixels / 1e6:.1f} megapixels, {rate:.3f} bits per pixel, PSNR {quality:.2f} dB."
     return f"# Memory\n\n{(__doc__ or '').strip()}\n\n{table}\n\n{summary}\n"
 
 
@@ -127,12 +122,12 @@ def main(argv: list[str] | None = None) -> None:
             run("encode", original, coded, *options, "--quality", f"{arguments.quality:g}"),
             run("decode", coded, decoded, *options),
         ]
-        psnr = pool.apply(large_psnr, (original, decoded))
+        quality = pool.apply(psnr_of_files, (original, decoded))
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
-    report = render(runs, width * height, psnr)
+    report = render(runs, width * height, quality)
     data = f"mosaic of {program.folder_of(photographs)}, {width} x {height}, seed 0, quality {arguments.quality:g}"
     origin = provenance(data)
-    results = {"runs": [r._asdict() for r in runs], "psnr": psnr, "parent_peak_bytes": own}
+    results = {"runs": [r._asdict() for r in runs], "psnr": quality, "parent_peak_bytes": own}
     write_results(arguments.output, results, origin, report=report, force=arguments.force)
     print(report)
 

@@ -131,7 +131,12 @@ def _command() -> str:
 
 
 def _portable(argument: str) -> str:
-    return os.path.relpath(argument) if os.path.isabs(argument) else argument
+    """An argument without this machine's folders: absolute paths become names below the repository, or bare names."""
+    if not os.path.isabs(argument):
+        return argument
+    path = Path(argument)
+    root = Path(__file__).resolve().parents[2]
+    return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
 
 def _cpu_model() -> str:

@@ -168,7 +168,12 @@ def test_conversion_costs_little():
 
 def test_conversion_keeps_structure():
     layers = IntegerNetwork.from_float(float_network()).layers
-    assert [(layer.shuffle, layer.rectify) for layer in layers] == [(2, True), (2, True), (1, True), (1, False)]
+    assert [(layer.shuffle, layer.rectify) for layer in layers] == [
+        (2, True),
+        (2, True),
+        (1, True),
+        (1, False),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -276,9 +281,7 @@ def test_arrays_that_are_no_network(damage):
 # ---------------------------------------------------------------------------------------------- interpolation
 
 
-@given(
-    low=st.integers(-(10**6), 10**6), high=st.integers(-(10**6), 10**6), quality=st.integers(32, 96)
-)
+@given(low=st.integers(-(10**6), 10**6), high=st.integers(-(10**6), 10**6), quality=st.integers(32, 96))
 def test_levels_are_interpolated_in_integers(low, high, quality):
     table = torch.tensor([[low], [high], [low]])
     (got,) = interpolate_levels(table, quality, 32).tolist()

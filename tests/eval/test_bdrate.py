@@ -58,7 +58,9 @@ def test_rates_outside_do_not_matter():
     assert bd_rate(anchor, bent, (0.1, 1.5)) == bd_rate(anchor, curve, (0.1, 1.5))
 
 
-@pytest.mark.parametrize("name", ["jpeg", "webp", "bpg", "av1", "mbt2018-mean", "bmshj2018-hyperprior", "elic2022"])
+@pytest.mark.parametrize(
+    "name", ["jpeg", "webp", "bpg", "av1", "mbt2018-mean", "bmshj2018-hyperprior", "elic2022"]
+)
 def test_equals_the_bjontegaard_package(name):
     anchor, curve = kodak()["vtm"].curve, kodak()[name].curve
     expected = bjontegaard.bd_rate(
@@ -70,7 +72,13 @@ def test_equals_the_bjontegaard_package(name):
 
 @pytest.mark.parametrize(
     ("name", "percent"),
-    [("jpeg", 208), ("webp", 79), ("bmshj2018-factorized", 68), ("bmshj2018-hyperprior", 30.5), ("elic2022", -7)],
+    [
+        ("jpeg", 208),
+        ("webp", 79),
+        ("bmshj2018-factorized", 68),
+        ("bmshj2018-hyperprior", 30.5),
+        ("elic2022", -7),
+    ],
 )
 def test_the_published_curves_give_the_known_figures(name, percent):
     assert bd_rate(kodak()["vtm"].curve, kodak()[name].curve).percent == pytest.approx(percent, abs=0.6)
@@ -94,7 +102,15 @@ def test_every_published_curve_has_a_source_and_grows():
         Curve([0.1, 0.5], [50, 55]),
         Curve([2.0, 3.0], [30, 32]),
     ],
-    ids=["one point", "falling rate", "flat PSNR", "no rate", "unequal lengths", "no overlap", "outside the rates"],
+    ids=[
+        "one point",
+        "falling rate",
+        "flat PSNR",
+        "no rate",
+        "unequal lengths",
+        "no overlap",
+        "outside the rates",
+    ],
 )
 def test_unusable_curves_are_refused(curve):
     with pytest.raises(UsageError) as caught:

@@ -22,7 +22,10 @@ def test_kodak_measures_files(checkpoint_of, scenery, tmp_path, capsys):
     kodak.main([*options, "-o", str(tmp_path / "kodak.json")])
     results = json.loads((tmp_path / "kodak.json").read_text())["results"]
     assert len(results["trials"]) == 6
-    assert results["violations"] == {"payload": 0, "file": sum(m > 0 for m in file_margins(results["trials"]))}
+    assert results["violations"] == {
+        "payload": 0,
+        "file": sum(m > 0 for m in file_margins(results["trials"])),
+    }
     for trial in results["trials"]:
         assert trial["bpp"] == 8 * trial["file_bytes"] / (128 * 192)
     assert results["curve"]["bpp"] == sorted(results["curve"]["bpp"])

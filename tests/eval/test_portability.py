@@ -79,7 +79,9 @@ def test_counts_symbols_and_indexes_that_differ():
 def test_threads_and_flags_are_restored(exact):
     torch = portability.torch
     before = torch.get_num_threads(), torch.backends.mkldnn.enabled, torch.backends.cudnn.allow_tf32
-    with portability.applied(Setting("", exact("hyperprior"), threads=before[0] + 1, onednn=False, tf32=True)):
+    with portability.applied(
+        Setting("", exact("hyperprior"), threads=before[0] + 1, onednn=False, tf32=True)
+    ):
         assert torch.get_num_threads() == before[0] + 1
         assert not torch.backends.mkldnn.enabled
     assert (torch.get_num_threads(), torch.backends.mkldnn.enabled, torch.backends.cudnn.allow_tf32) == before

@@ -88,7 +88,9 @@ def test_a_run_resumes_where_it_stopped(smoke, photographs, tmp_path):
     counted = [key for key, value in new.items() if "step" in value]
     assert counted and all(int(new[key]["step"]) == int(old[key]["step"]) + 10 == 60 for key in counted)
     before, after = last["state_dict"], final["state_dict"]
-    moved = [float((after[key] - before[key]).abs().mean()) for key in before if before[key].is_floating_point()]
+    moved = [
+        float((after[key] - before[key]).abs().mean()) for key in before if before[key].is_floating_point()
+    ]
     assert sum(value > 0 for value in moved) > 0.9 * len(moved)
 
 
@@ -164,7 +166,9 @@ def test_tables_see_every_quality(trained, china, monkeypatch):
     monkeypatch.setattr(export, "TILE", 64)
     export.count_symbols(codec, [china] * 12)
     assert len(levels) == 12 * 8 and min(levels) == 32 and max(levels) == 256
-    assert len(set(levels)) > 40 and all(any(abs(q - level * 32) <= 16 for q in levels) for level in range(1, 9))
+    assert len(set(levels)) > 40 and all(
+        any(abs(q - level * 32) <= 16 for q in levels) for level in range(1, 9)
+    )
 
 
 def test_every_config_builds_its_parts(tmp_path, photographs, monkeypatch, capsys):
@@ -205,7 +209,9 @@ def test_the_loss_is_its_formula(monkeypatch):
     y = codec.transform.analysis(x, quality)
     output = codec.bottleneck(y, quality)
     mse = (codec.transform.synthesis(output.y_hat, quality) - x).square().mean((1, 2, 3))
-    lambdas = torch.tensor([2 ** float(np.interp(q / 32, [1, 2, 3, 4], np.log2(codec.lambdas))) for q in quality])
+    lambdas = torch.tensor(
+        [2 ** float(np.interp(q / 32, [1, 2, 3, 4], np.log2(codec.lambdas))) for q in quality]
+    )
     middle = 2 ** float(np.log2(codec.lambdas).mean())
     expected = ((lambdas / middle) ** -0.5 * (output.bits / 1024 + lambdas * 255**2 * mse)).mean()
     torch.testing.assert_close(shown[0], expected, rtol=1e-3, atol=0)
@@ -296,7 +302,9 @@ def gradients(parameters: list[nn.Parameter], step: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator)
 
 
-def plain_step(state: list[dict[str, torch.Tensor]], parameters: list[nn.Parameter], t: int, lr: float) -> None:
+def plain_step(
+    state: list[dict[str, torch.Tensor]], parameters: list[nn.Parameter], t: int, lr: float
+) -> None:
     """The update of Jordan et al. 2024 for matrices, of Kingma & Ba 2015 for the rest, one parameter at a time."""
     a, b, c = NEWTON_SCHULZ
     for memory, p in zip(state, parameters, strict=True):
@@ -339,7 +347,11 @@ def test_stacked_updates_are_those_of_each_matrix():
 
 
 def test_updates_of_both_kinds_have_one_size():
-    parameters = [nn.Parameter(torch.zeros(32, 64)), nn.Parameter(torch.zeros(64, 32)), nn.Parameter(torch.zeros(4096))]
+    parameters = [
+        nn.Parameter(torch.zeros(32, 64)),
+        nn.Parameter(torch.zeros(64, 32)),
+        nn.Parameter(torch.zeros(4096)),
+    ]
     optimizer = MuonAdam(parameters, lr=1.0)
     gradients(parameters, 0)
     optimizer.step()
