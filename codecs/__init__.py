@@ -19,6 +19,7 @@ if __name__ != "compand":
     raise ImportError("install with pip install -e . and keep the repository root off PYTHONPATH")
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compand.errors import BitstreamError, CheckpointError, CompandError, MediaError, UsageError
@@ -58,6 +59,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("compand")
     if name not in _LAZY:
         raise AttributeError(f"module compand has no attribute {name}")
     return getattr(import_module(_LAZY[name]), name)
@@ -73,16 +78,23 @@ def encode(source: Any, codec: str = "hyperprior", *, device: str = "auto", **op
     return load(codec, device=device).encode(source, **options)
 
 
-def decode(data: bytes, *, device: str = "auto", partial: bool = False) -> Picture:
-    """Decodes the bytes of a .cpd file with the checkpoint that it names.
+def decode(data: bytes | str | Path, *, device: str = "auto", partial: bool = False) -> Picture:
+    """Decodes a .cpd file, given by its bytes or by its path, with the checkpoint that it names.
 
     Raises:
+        MediaError: there is no such file.
         BitstreamError: the file is damaged; with `partial`, only if its header is or no tile can be decoded.
         CheckpointError: the file needs a checkpoint that is not installed.
     """
     from compand.checkpoint import for_header, load
     from compand.coding.container import read_header
 
+    if isinstance(data, (str, Path)):
+        path = Path(data)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise MediaError(f"{path} cannot be read: {error.strerror}") from None
     name = for_header(read_header(data)).name
     picture: Picture = load(name, device=device).decode(data, partial=partial)
     return picture

@@ -88,12 +88,11 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the caller
         try:
             stream.flush()
         except OSError:
-            # The reader of a pipe went away; what is left must not be flushed again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            files.abandon(stream)
 
 
 def _show_version(wanted: bool) -> None:
@@ -444,6 +443,10 @@ def verify(
     deep: Annotated[
         bool, typer.Option("--deep", help="Decode all symbols too, not the checksums alone.")
     ] = False,
+    codec: Annotated[
+        str | None,
+        typer.Option("-c", "--codec", help="Checkpoint for --deep.", show_default="what the file asks for"),
+    ] = None,
     device: Device = "auto",
     recursive: Recursive = False,
     quiet: Quiet = False,
@@ -452,7 +455,7 @@ def verify(
     from compand.coding import container
 
     inputs, failures = files.expand(paths, _is_cpd, recursive=recursive)
-    codec_of = _decoders(device, None) if deep and inputs else None
+    codec_of = _decoders(device, codec) if deep and inputs else None
 
     def work(job: files.Job, progress: files.Progress) -> files.Done:
         data = job.source.read()

@@ -215,8 +215,8 @@ class Codec(nn.Module, ABC):
 
     def quality_units(self, quality: float) -> int:
         """A quality in 1/32 level, as files store it. Raises UsageError outside 1 .. levels."""
-        if not 1 <= quality <= self.levels:
-            raise UsageError(f"quality {quality:g} does not exist: choose 1 to {self.levels}")
+        if not isinstance(quality, (int, float)) or not 1 <= quality <= self.levels:
+            raise UsageError(f"quality {quality} does not exist: choose 1 to {self.levels}")
         return round(quality * QUALITY_STEPS)
 
     def decoder_state(self) -> dict[str, Tensor]:
@@ -232,7 +232,7 @@ class Codec(nn.Module, ABC):
         self,
         source: Any,
         *,
-        quality: float = 4.0,
+        quality: float | None = None,
         bpp: float | None = None,
         psnr: float | None = None,
         compact: bool | None = None,

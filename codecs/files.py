@@ -445,9 +445,22 @@ def run_batch(
                 for note in outcome.notes:
                     print(f"note: {job.source.name}: {note}", file=sys.stderr)
                 if outcome.line:
-                    print(outcome.line, file=results or sys.stdout)
+                    say(outcome.line, results or sys.stdout)
     report_failures(failed)
     return not failed
+
+
+def say(line: str, stream: TextIO) -> None:
+    """Prints a line. Once the reader of a pipe has gone away, work goes on and its lines are dropped."""
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        abandon(stream)
+
+
+def abandon(stream: TextIO) -> None:
+    """Sends a stream, and what is left in its buffer, to nowhere, so that flushing it cannot fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def report_failures(failed: Sequence[Failure]) -> None:

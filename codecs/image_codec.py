@@ -75,7 +75,7 @@ class ImageCodec(Codec):
         self,
         source: Any,
         *,
-        quality: float = 4.0,
+        quality: float | None = None,
         bpp: float | None = None,
         psnr: float | None = None,
         compact: bool | None = None,
@@ -86,7 +86,7 @@ class ImageCodec(Codec):
         Args:
             source: whatever `compand.pictures.as_picture` takes: a path, Pillow image, uint8 array [H, W, C], float
                 tensor [C, H, W] in [0, 1], or `Picture`.
-            quality: 1 (smallest file) to `levels`, fractions in steps of 1/32.
+            quality: 1 (smallest file) to `levels`, fractions in steps of 1/32; 4 unless bpp or psnr is given.
             bpp: instead of `quality`, the best quality whose file has at most this many bits a pixel.
             psnr: instead of `quality`, the lowest quality whose decoded picture has at least this PSNR in dB.
             compact: force or forbid the shortest header; None: for tiny files.
@@ -96,17 +96,19 @@ class ImageCodec(Codec):
             The bytes of a .cpd file.
 
         Raises:
-            UsageError: quality out of range, or more than one of bpp and psnr.
+            UsageError: quality out of range, or more than one of quality, bpp and psnr.
             CompandError: no quality reaches the wanted bpp or psnr for this picture.
             MediaError: the source cannot be read.
         """
         picture = as_picture(source)
-        if bpp is not None and psnr is not None:
-            raise UsageError("bpp and psnr exclude each other: give one")
+        if sum(target is not None for target in (quality, bpp, psnr)) > 1:
+            raise UsageError("quality, bpp and psnr exclude each other: give one")
         if any(target is not None and math.isnan(target) for target in (bpp, psnr)):
             raise UsageError("bpp or psnr is not a number: give one")
         if bpp is None and psnr is None:
-            return self._encode(picture, self.quality_units(quality), compact, progress)
+            return self._encode(
+                picture, self.quality_units(4.0 if quality is None else quality), compact, progress
+            )
         low, high = QUALITY_STEPS, self.levels * QUALITY_STEPS
         files: dict[int, bytes] = {}
 

@@ -615,3 +615,23 @@ def test_threads_may_share_a_codec(codec, checkpoint_of, scenery):
     with ThreadPoolExecutor(4) as pool:
         for i, (data, result) in enumerate(pool.map(work, range(8))):
             assert data == expected[i] and np.array_equal(result, decoded[i])
+
+
+def test_python_arguments_are_checked(checkpoint_of, scenery, tmp_path):
+    folder = str(checkpoint_of("hyperprior"))
+    loaded = compand.load(folder, device="cpu")
+    with pytest.raises(UsageError, match="exclude each other"):
+        loaded.encode(scenery[:32, :32], quality=4, bpp=0.5)
+    with pytest.raises(UsageError, match="not exist"):
+        loaded.encode(scenery[:32, :32], quality="high")
+    with pytest.raises(UsageError, match="as its bytes"):
+        loaded.decode("photo.cpd")
+    with pytest.raises(compand.MediaError, match=r"nothing\.cpd"):
+        compand.decode(tmp_path / "nothing.cpd")
+    assert compand.__version__.count(".") == 2
+
+
+def test_decode_takes_a_path(scenery, tmp_path):
+    path = tmp_path / "released.cpd"
+    path.write_bytes(compand.encode(scenery[:32, :48], quality=3, device="cpu"))
+    assert compand.decode(path, device="cpu").pixels.shape == (32, 48, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -127,6 +128,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     codec, facts = load_run(arguments.run)
     folder = arguments.output or next_version(Path("checkpoints"), codec.name)
     paths = find_images(arguments.data) if arguments.data else []
+    if not paths:
+        print(
+            "compand export: without --data FOLDER the tables follow the densities alone; files get larger",
+            file=sys.stderr,
+        )
     step = max(math.ceil(len(paths) / arguments.images), 1)
     export(codec, folder, paths[::step], arguments.device)
     write_card(folder, facts)

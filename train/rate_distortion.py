@@ -188,7 +188,10 @@ class RateDistortion(pl.LightningModule):
         """Keeps the end of the run as well: the last weights come after the last periodic checkpoint."""
         callback = self.trainer.checkpoint_callback
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-            self.trainer.save_checkpoint(f"{callback.dirpath}/final.ckpt")
+            final = f"{callback.dirpath}/final.ckpt"
+            self.trainer.save_checkpoint(final)
+            if self.trainer.is_global_zero:
+                print(f"trained: {final}; next: compand export {final} --data FOLDER")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["elapsed_seconds"] = self._elapsed

@@ -485,13 +485,21 @@ def _compact_crc(body: bytes | memoryview) -> bytes:
 # Reading ----------------------------------------------------------------------------------------------------
 
 
+def _view(data: bytes | bytearray | memoryview) -> memoryview:
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise UsageError(
+            f"a .cpd file is given as its bytes, not as {type(data).__name__}: read the file first"
+        )
+    return memoryview(data).cast("B")
+
+
 def read_header(data: bytes | bytearray | memoryview, limits: Limits = Limits()) -> Header:
     """Returns the header of a `.cpd` file. A full form needs no more of `data` than header and table.
 
     Raises:
         BitstreamError: not a `.cpd` file, of a newer version, damaged, or beyond `limits`.
     """
-    view = memoryview(data).cast("B")
+    view = _view(data)
     return _read_compact(view, limits).header if _is_compact(view) else _read_table(view, limits).header
 
 
@@ -510,7 +518,7 @@ def read(
         BitstreamError: not a `.cpd` file, of a newer version, beyond `limits`, or damaged (naming chunk and
             offset).
     """
-    view = memoryview(data).cast("B")
+    view = _view(data)
     if _is_compact(view):
         return _read_compact(view, limits)
 
