@@ -297,45 +297,59 @@ class ImageCodec(Codec):
 
         At most three rows of tiles are held. A damaged tile comes without latents; to its neighbours they are zero.
         """
-        stride = self.transform.stride
-        margin = self.transform.context // stride
-        rows: deque[tuple[int, Tensor, list[bool]]] = deque()
-        width = sum(tile.latent_shape(stride)[1] for tile in grid[0])
-        heights = [row[0].latent_shape(stride)[0] for row in grid]
-        starts = np.concatenate([[0], np.cumsum(heights)]).tolist()
 
-        def decoded(index: int) -> tuple[int, Tensor, list[bool]]:
-            parts, intact = [], []
-            for tile in grid[index]:
+        def decoded(row: Sequence[Tile]) -> list[tuple[Tile, Tensor | None]]:
+            result: list[tuple[Tile, Tensor | None]] = []
+            for tile in row:
                 try:
-                    parts.append(self._latents(content, tile))
-                    intact.append(True)
+                    result.append((tile, self._latents(content, tile)))
                 except BitstreamError as error:
                     if not partial:
                         raise
                     if content.chunks[tile.index] is not None:
                         content.damage.append(error)
-                    shape = (self.transform.latent_channels, *tile.latent_shape(stride))
-                    parts.append(torch.zeros(shape, device=self.device))
-                    intact.append(False)
-            return index, torch.cat(parts, dim=2), intact
+                    result.append((tile, None))
+            return result
 
+        rows: deque[list[tuple[Tile, Tensor | None]]] = deque(maxlen=3)
+        rows.append(decoded(grid[0]))
         for index, row in enumerate(grid):
-            while rows and rows[0][0] < index - 1:
+            last = index + 1 == len(grid)
+            if not last:
+                rows.append(decoded(grid[index + 1]))
+            elif len(rows) == 3:
                 rows.popleft()
-            while not rows or rows[-1][0] < min(index + 1, len(grid) - 1):
-                rows.append(decoded(rows[-1][0] + 1 if rows else 0))
-            top = max(starts[index] - margin, starts[rows[0][0]])
-            bottom = min(starts[index + 1] + margin, starts[rows[-1][0] + 1])
-            band = torch.cat([latents for _, latents, _ in rows], dim=1)
-            first = starts[rows[0][0]]
-            band = band[:, top - first : bottom - first]
-            intact = next(flags for number, _, flags in rows if number == index)
-            for tile, good in zip(row, intact, strict=True):
-                left = max(tile.left // stride - margin, 0)
-                right = min(tile.left // stride + tile.latent_shape(stride)[1] + margin, width)
-                offset = starts[index] - top, tile.left // stride - left
-                yield tile, (band[:, :, left:right], *offset) if good else None
+            for column, (tile, latents) in enumerate(rows[-1 if last else -2]):
+                if latents is None:
+                    yield tile, None
+                    continue
+                around = range(max(column - 1, 0), min(column + 2, len(row)))
+                near = [line[other] for line in rows for other in around]
+                yield tile, self._window(tile, latents, near)
+
+    def _window(
+        self, tile: Tile, latents: Tensor, near: Sequence[tuple[Tile, Tensor | None]]
+    ) -> tuple[Tensor, int, int]:
+        """A tile's latents with a margin of `transform.context` from the tiles near it, as far as there are any."""
+        stride = self.transform.stride
+        margin = self.transform.context // stride
+        rows, columns = latents.shape[1:]
+        y, x = tile.top // stride, tile.left // stride
+        bounds = [
+            (other.top // stride, other.left // stride, *other.latent_shape(stride)) for other, _ in near
+        ]
+        top = max(y - margin, min(first for first, _, _, _ in bounds))
+        left = max(x - margin, min(first for _, first, _, _ in bounds))
+        bottom = min(y + rows + margin, max(first + size for first, _, size, _ in bounds))
+        right = min(x + columns + margin, max(first + size for _, first, _, size in bounds))
+        window = latents.new_zeros(latents.shape[0], bottom - top, right - left)
+        for (first_row, first_column, height, width), (_, part) in zip(bounds, near, strict=True):
+            y0, y1 = max(top, first_row), min(bottom, first_row + height)
+            x0, x1 = max(left, first_column), min(right, first_column + width)
+            if part is not None and y0 < y1 and x0 < x1:
+                piece = part[:, y0 - first_row : y1 - first_row, x0 - first_column : x1 - first_column]
+                window[:, y0 - top : y1 - top, x0 - left : x1 - left] = piece
+        return window, y - top, x - left
 
     @torch.inference_mode()
     def _synthesise(

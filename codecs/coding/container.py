@@ -577,7 +577,10 @@ def _is_compact(view: memoryview) -> bool:
     if version == 0:
         raise BitstreamError("not a .cpd file", offset=0)
     if version > FORMAT_VERSION:
-        raise BitstreamError(f"format version {version} is newer than this compand reads: upgrade compand")
+        raise BitstreamError(
+            f"format version {version} is newer than this compand reads: upgrade compand",
+            offset=1 if compact else 3,
+        )
     return compact
 
 
@@ -621,4 +624,6 @@ def _check_limits(header: Header, limits: Limits) -> None:
 
 
 def _beyond(name: str, count: int, limit: int) -> BitstreamError:
-    return BitstreamError(f"{count} {name} are more than the limit of {limit}: raise Limits.max_{name}")
+    return BitstreamError(
+        f"{count} {name} are more than the limit of {limit}: raise Limits.max_{name}", offset=0
+    )
