@@ -154,7 +154,7 @@ class RateDistortion(pl.LightningModule):
 
     def _graphs(self) -> bool:
         """Whether steps are captured: gradients of several processes are exchanged outside a graph."""
-        return self.cuda_graph and self.trainer.world_size == 1
+        return self.cuda_graph and (self._trainer is None or self.trainer.world_size == 1)
 
     def on_train_start(self) -> None:
         self._last = time.monotonic()

@@ -105,7 +105,7 @@ def test_an_export_encodes_and_decodes(smoke, photographs, tmp_path, capsys, sce
     decoded = codec.decode(data)
     error = np.mean((decoded.pixels.astype(float) - scenery[:128, :128]) ** 2)
     assert 10 * np.log10(255**2 / error) > 18 and len(data) < 128 * 128 * 3 / 4
-    with pytest.raises(CheckpointError, match="holds a checkpoint already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         export.main(arguments)
     monkeypatch.chdir(tmp_path)
     export.main([final, "--device=cpu"])
@@ -253,6 +253,7 @@ def test_the_learning_rate_warms_up_and_decays():
         max_steps = 100
         global_step = 0
         should_stop = False
+        world_size = 1
 
     module._trainer = FakeTrainer()
     for step in range(101):
