@@ -149,20 +149,24 @@ class ImageCodec(Codec):
         """
         content, geometry, grid = self._read(data, partial)
         quality = content.header.settings[0]
-        # Zeros take no memory until they are written.
-        pixels = np.zeros((geometry.height, geometry.width, geometry.channels), dtype=np.uint8)
         total = content.header.chunk_count()
+        pixels: NDArray[np.uint8] | None = None
         lost = []
         for done, (tile, window) in enumerate(self._windows(content, grid, partial), start=1):
             area = np.s_[tile.top : tile.bottom, tile.left : tile.right]
             if window is None:
                 lost.append(area)
             else:
+                if pixels is None:
+                    # Not before a tile has shown that the header's size is meant.
+                    pixels = np.zeros((geometry.height, geometry.width, geometry.channels), dtype=np.uint8)
                 pixels[area] = self._synthesise(window, tile, quality, geometry)
             if progress is not None:
                 progress(done, total)
-        if len(lost) == total:
-            raise content.damage[0]
+        if pixels is None:
+            first = content.damage[0]
+            fact = "no part of the picture is intact: get an intact copy"
+            raise BitstreamError(fact, chunk=first.chunk, offset=first.offset)
         for area in lost:
             pixels[area] = 128
         alpha, icc = self._read_extras(content, geometry, partial)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import warnings
 from collections.abc import Sequence
 
 
@@ -13,14 +13,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lightning.pytorch.cli import LightningCLI
 
     torch.backends.cudnn.benchmark = True
-    if argv is not None:
-        # LightningCLI names the program in its messages after sys.argv and warns if that holds other arguments.
-        sys.argv = ["compand train", *argv]
-    LightningCLI(
-        pl.LightningModule,
-        pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-    )
+    with warnings.catch_warnings():
+        # sys.argv must stay as it is, for a distributed run starts its other processes with it.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        LightningCLI(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_kwargs={"prog": "compand train"},
+            args=list(argv) if argv is not None else None,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+        )
