@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import csv
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +270,43 @@ def test_the_learning_rate_warms_up_and_decays():
     module.minutes = 1e-9
     module._set_learning_rate(optimizer)
     assert FakeTrainer.should_stop or module.trainer.should_stop
+
+
+TWO_PROCESSES = """
+import hashlib, sys
+from compand.train.cli import main
+from compand.train.rate_distortion import RateDistortion
+
+finish = RateDistortion.on_train_end
+
+def report(self):
+    content = b"".join(p.detach().numpy().tobytes() for p in self.parameters())
+    # One write a process, so that lines do not mix.
+    sys.stdout.write(f"weights {hashlib.sha256(content).hexdigest()} after {self.global_step}\\n")
+    sys.stdout.flush()
+    finish(self)
+
+RateDistortion.on_train_end = report
+main(sys.argv[1:])
+"""
+
+
+def test_two_processes_stay_alike(photographs, tmp_path):
+    """Distributed data parallel: every process sees other crops, all end with the same weights."""
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
+    arguments = [
+        "fit", "--config", str(CONFIGS / "smoke.yaml"), f"--data.root={photographs}",
+        f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.devices=2", "--trainer.strategy=ddp",
+        "--trainer.max_steps=3", "--trainer.limit_val_batches=0", "--model.minutes=5",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=240, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    reports = [line for line in done.stdout.splitlines() if line.startswith("weights")]
+    assert len(reports) == 2 and reports[0] == reports[1] and reports[0].endswith("after 3")
+    assert list(tmp_path.glob("smoke/version_0/checkpoints/final.ckpt"))
 
 
 # ------------------------------------------------------------------------------------------------------ MuonAdam
