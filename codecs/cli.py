@@ -109,7 +109,7 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    pass  # the option's own callback does the work, before a command is looked for
 
 
 # ---------------------------------------------------------------------------------------- encode, decode

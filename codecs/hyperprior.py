@@ -7,6 +7,7 @@ from typing import Any
 
 from compand.bottlenecks.factorized import FactorizedBottleneck
 from compand.bottlenecks.hyperprior import HyperpriorBottleneck
+from compand.errors import UsageError
 from compand.image_codec import ImageCodec
 from compand.transforms.patch import PatchTransform
 
@@ -14,8 +15,27 @@ STAGES = ((8, 224, 5), (16, 256, 2))
 
 
 def geometric_levels(low: float, high: float, levels: int) -> list[float]:
-    """`levels` values from `low` to `high` in equal ratios."""
+    """`levels` values from `low` to `high` in equal ratios. Raises UsageError for fewer than two."""
+    if levels < 2:
+        raise UsageError(f"{levels} quality levels are too few: give at least 2")
     return [low * (high / low) ** (i / (levels - 1)) for i in range(levels)]
+
+
+def _shared_architecture(
+    latent_channels: int,
+    stages: Sequence[Sequence[int]],
+    lambda_range: Sequence[float],
+    levels: int,
+    transform: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The constructor arguments that both codecs have, as config.json keeps them."""
+    return {
+        "latent_channels": latent_channels,
+        "stages": [list(stage) for stage in stages],
+        "lambda_range": list(lambda_range),
+        "levels": levels,
+        "transform": dict(transform or {}),
+    }
 
 
 class HyperpriorCodec(ImageCodec):
@@ -55,14 +75,9 @@ class HyperpriorCodec(ImageCodec):
             HyperpriorBottleneck(latent_channels, lambdas, hyper_channels, hyper_widths, trainable),
             lambdas,
         )
-        self.architecture = {
-            "latent_channels": latent_channels,
-            "stages": [list(stage) for stage in stages],
+        self.architecture = _shared_architecture(latent_channels, stages, lambda_range, levels, transform) | {
             "hyper_channels": hyper_channels,
             "hyper_widths": list(hyper_widths),
-            "lambda_range": list(lambda_range),
-            "levels": levels,
-            "transform": dict(transform or {}),
         }
 
 
@@ -93,10 +108,4 @@ class FactorizedCodec(ImageCodec):
             FactorizedBottleneck(latent_channels, lambdas, trainable),
             lambdas,
         )
-        self.architecture = {
-            "latent_channels": latent_channels,
-            "stages": [list(stage) for stage in stages],
-            "lambda_range": list(lambda_range),
-            "levels": levels,
-            "transform": dict(transform or {}),
-        }
+        self.architecture = _shared_architecture(latent_channels, stages, lambda_range, levels, transform)
