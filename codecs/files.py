@@ -238,6 +238,8 @@ def check_target(target: Path, *, force: bool) -> None:
 
 
 _unfinished: set[Path] = set()
+_creating = threading.Lock()
+"""Held while a hidden file is created, and from an interrupt on until the process ends."""
 
 
 @contextmanager
@@ -265,7 +267,9 @@ def atomic_write(target: Path, *, force: bool = False) -> Iterator[BinaryIO]:
             final.parent.mkdir(parents=True, exist_ok=True)
             # os.open, not tempfile: the file gets the permissions that the umask gives any new file.
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-            with os.fdopen(os.open(temporary, flags, 0o666), "wb") as stream:
+            with _creating:
+                descriptor = os.open(temporary, flags, 0o666)
+            with os.fdopen(descriptor, "wb") as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -312,7 +316,11 @@ def write_output(job: Job, content: bytes, *, force: bool = False) -> None:
 
 
 def discard_unfinished() -> None:
-    """Remove the hidden files of writes that will not be finished, after an interrupt."""
+    """Remove the hidden files of writes that will not be finished, after an interrupt.
+
+    The process must end after this: worker threads go on until then, and can begin no other file.
+    """
+    _creating.acquire()
     for temporary in tuple(_unfinished):
         with suppress(OSError):
             temporary.unlink()
