@@ -157,6 +157,8 @@ def encode(
     }
     if len(rate) > 1:
         raise UsageError(f"--{' and --'.join(rate)} exclude each other: give one")
+    if output not in (None, files.STREAM) and not Path(output).is_dir() and _is_image(Path(output)):
+        raise UsageError(f"-o {output}: encode writes {SUFFIX} files; name one, or a folder")
 
     def prepare() -> files.Work:
         import compand
@@ -174,7 +176,10 @@ def encode(
             files.write_output(job, data, force=force)
             bits = 8 * len(data) / (picture.height * picture.width)
             size = f"{picture.width} x {picture.height}, {len(data)} bytes, {bits:.3f} bpp"
-            return files.Done(f"{_arrow(job)}: {size}", notes=picture.notes)
+            notes = picture.notes
+            if path is not None and len(data) > (before := path.stat().st_size):
+                notes += (f"{len(data)} bytes, more than the {before} of the original; try a lower quality",)
+            return files.Done(f"{_arrow(job)}: {size}", notes=notes)
 
         return work
 

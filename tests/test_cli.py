@@ -60,6 +60,21 @@ def names() -> list[str]:
 # ------------------------------------------------------------------------------------- encode and decode
 
 
+def test_encode_writes_no_picture_format(capsys):
+    picture("a.png")
+    assert run("encode", "a.png", "-o", "out.jpg") == 2
+    assert "-o out.jpg: encode writes .cpd files" in capsys.readouterr().err
+    assert names() == ["a.png"]
+
+
+def test_a_file_that_grows_is_remarked_on(capsys):
+    picture("noise.jpg", size=(64, 64))
+    before = Path("noise.jpg").stat().st_size
+    assert run("encode", "noise.jpg") == 0
+    assert Path("noise.cpd").stat().st_size > before
+    assert f"more than the {before} of the original" in capsys.readouterr().err
+
+
 def test_encode_and_decode_beside_the_input(capsys):
     pixels = picture("photo.png")
     assert run("encode", "photo.png", "-q", "2.5") == 0
