@@ -596,9 +596,9 @@ def test_files_of_one_device_decode_on_another(codec, checkpoint_of, scenery):
         for level in LEVELS:
             data = writer.encode(scenery, quality=level / 32)
             reader.check(data)
-            assert torch.allclose(
-                writer.latents(data).cpu(), reader.latents(data).cpu(), rtol=1e-5, atol=1e-6
-            )
+            latents = [side.latents(data).cpu() for side in (writer, reader)]
+            # The same integers, dequantised in float32 on two devices.
+            assert torch.allclose(*latents, rtol=1e-5, atol=1e-6 * float(latents[0].abs().max()))
 
 
 def test_threads_may_share_a_codec(codec, checkpoint_of, scenery):

@@ -61,7 +61,6 @@ class FactorizedDensity(nn.Module):
         Returns:
             Bits of each item, [batch].
         """
-        step = torch.as_tensor(step, device=x.device)
         coded = (noisy(x / step) if self.training else (x / step).round()) * step
 
         def logits(value: Tensor) -> Tensor:

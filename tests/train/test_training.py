@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 from PIL import Image
 from torch import nn
 
 import compand
-from compand import image_codec
+from compand import image_codec, registry
 from compand.errors import CheckpointError, MediaError
 from compand.hyperprior import FactorizedCodec, HyperpriorCodec
 from compand.train import cli, export
@@ -457,6 +458,22 @@ def test_captured_updates_are_the_plain_ones(restored):
             optimizer.step()
     for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-3, rtol=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", SMALL)
+def test_captured_steps_lose_as_much_as_plain_ones(name, monkeypatch):
+    torch.manual_seed(0)
+    module = RateDistortion(registry.by_name(name).load_class()(**SMALL[name]), clip=1e9).cuda()
+    monkeypatch.setattr(module, "manual_backward", lambda loss: loss.backward())
+    crops = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, device="cuda")
+    for _ in range(3):
+        module._captured_backward(crops)
+    captured = [module._captured_backward(crops)[0].item() for _ in range(40)]
+    plain = [module.loss(crops)[1][0].item() for _ in range(40)]
+    assert len(set(captured)) > 1, "qualities and noise must differ from replay to replay"
+    assert np.mean(captured) == pytest.approx(np.mean(plain), rel=0.3)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
 # --------------------------------------------------------------------------------------------------------- crops
