@@ -567,26 +567,38 @@ PASS_ON: dict[str, Any] = {
 @app.command(**PASS_ON)
 def train(context: typer.Context) -> None:
     """Train a codec (needs the extra: pip install "compand[train]")."""
-    _hand_over("compand.train.cli", context.args)
+    _hand_over_signals("compand.train.cli", context.args)
 
 
 @app.command(**PASS_ON)
 def export(context: typer.Context) -> None:
     """Turn a trained model into a checkpoint (needs the extra: pip install "compand[train]")."""
-    _hand_over("compand.train.export", context.args)
+    _hand_over_signals("compand.train.export", context.args)
 
 
-def _hand_over(module: str, arguments: list[str]) -> None:
-    """Run another command line in this process. Signals are its own; unexpected errors keep tracebacks."""
-    files.default_signals()
+@app.command("eval", **PASS_ON)
+def evaluate(context: typer.Context) -> None:
+    """Measure codecs: rate-distortion, machine perception, speed (needs the extra: pip install "compand[eval]")."""
+    _entry("compand.eval.cli", "eval")(context.args)
+
+
+def _entry(module: str, extra: str) -> Callable[[list[str]], None]:
+    """The main function of another command line."""
     try:
-        entry = importlib.import_module(module)
+        main: Callable[[list[str]], None] = importlib.import_module(module).main
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "compand":
             raise
-        raise UsageError(f'{error.name} is not installed: pip install "compand[train]"') from error
+        raise UsageError(f'{error.name} is not installed: pip install "compand[{extra}]"') from error
+    return main
+
+
+def _hand_over_signals(module: str, arguments: list[str]) -> None:
+    """Run a command line of training. Signals are its own; unexpected errors keep tracebacks."""
+    files.default_signals()
+    entry = _entry(module, "train")
     try:
-        entry.main(arguments)
+        entry(arguments)
     except CompandError:
         raise
     except Exception:

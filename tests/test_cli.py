@@ -296,22 +296,30 @@ def test_demo_search_finds_the_lowest_setting_that_is_enough():
 # ----------------------------------------------------------------------------------- other packages
 
 
-def test_arguments_are_passed_on_untouched(monkeypatch):
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_arguments_are_passed_on_untouched(command, monkeypatch):
     seen = []
-    entry = type(sys)("compand.train.cli")
+    entry = type(sys)(f"compand.{command}.cli")
     entry.main = seen.append
-    monkeypatch.setitem(sys.modules, "compand.train.cli", entry)
-    assert run("train", "fit", "--config", "a.yaml", "--data.root=x", "--help", "-v", "file") == 0
+    monkeypatch.setitem(sys.modules, f"compand.{command}.cli", entry)
+    assert run(command, "fit", "--config", "a.yaml", "--data.root=x", "--help", "-v", "file") == 0
     assert seen == [["fit", "--config", "a.yaml", "--data.root=x", "--help", "-v", "file"]]
 
 
-def test_a_missing_extra_is_named(monkeypatch, capsys):
-    def absent(module):
-        raise ModuleNotFoundError("No module named 'lightning'", name="lightning")
+@pytest.mark.parametrize(
+    ("command", "extra"), [("train", "train"), ("export", "train"), ("eval", "eval")], ids=str
+)
+def test_a_missing_extra_is_named(command, extra, monkeypatch, capsys):
+    import_module = cli.importlib.import_module
+
+    def absent(module, package=None):
+        if module.startswith("compand."):
+            raise ModuleNotFoundError("No module named 'lightning'", name="lightning")
+        return import_module(module, package)
 
     monkeypatch.setattr(cli.importlib, "import_module", absent)
-    assert run("train", "fit") == 2
-    assert capsys.readouterr().err == 'compand: lightning is not installed: pip install "compand[train]"\n'
+    assert run(command, "fit") == 2
+    assert capsys.readouterr().err == f'compand: lightning is not installed: pip install "compand[{extra}]"\n'
 
 
 # ------------------------------------------------------------------------------- pipes, signals, limits

@@ -88,6 +88,7 @@ def test_wheel_holds_all_code_and_data_and_nothing_else(wheel):
             "*.py",
             "py.typed",
             "configs/*.yaml",
+            "templates/*",
             "*/*.safetensors",
             "*/config.json",
             "*/CARD.md",

@@ -31,7 +31,7 @@ from compand.coding.ans import AnsReader, AnsWriter
 from compand.coding.tables import TableSet
 from compand.errors import UsageError
 from compand.eval.benchmarks import program
-from compand.eval.benchmarks.provenance import markdown_table, provenance, write_results
+from compand.eval.provenance import markdown_table, provenance, write_results
 from compand.image_codec import ImageCodec, tile_rows
 from compand.pictures import read_picture
 

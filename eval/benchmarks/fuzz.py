@@ -39,7 +39,7 @@ from compand.demo import photograph
 from compand.errors import BitstreamError, CheckpointError
 from compand.eval.benchmarks import program
 from compand.eval.benchmarks.memory import MAXRSS_UNIT
-from compand.eval.benchmarks.provenance import markdown_table, provenance, write_results
+from compand.eval.provenance import markdown_table, provenance, write_results
 from compand.image_codec import ImageCodec, tile_rows
 from compand.pictures import Picture
 

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from compand.demo import photograph
 from compand.eval.benchmarks import program
-from compand.eval.benchmarks.provenance import markdown_table, provenance, write_results
+from compand.eval.provenance import markdown_table, provenance, write_results
 from compand.pictures import psnr, read_picture
 
 WIDTH, HEIGHT = 11_000, 9_100

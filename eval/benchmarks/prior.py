@@ -17,12 +17,14 @@ import torch
 from compand.codec import QUALITY_STEPS
 from compand.eval.bdrate import Curve, bd_rate
 from compand.eval.benchmarks import program
-from compand.eval.benchmarks.kodak import RATES
-from compand.eval.benchmarks.provenance import markdown_table, provenance, write_results
+from compand.eval.provenance import markdown_table, provenance, write_results
 from compand.image_codec import ImageCodec, tile_rows
 from compand.pictures import psnr, read_picture
 from compand.train.export import load_run
 from compand.weights import in_channels_last
+
+RATES = (0.1, 1.5)
+"""Bits per pixel over which BD-rates are averaged."""
 
 
 @torch.inference_mode()
@@ -80,13 +82,13 @@ def main(argv: list[str] | None = None) -> None:
             ),
             markdown_table(
                 ["prior", "bpp at levels 1 to 8", "PSNR, dB"],
-                [[name, _listed(each.bpp), _listed(each.psnr)] for name, each in curves.items()],
+                [[name, _listed(each.rate), _listed(each.quality)] for name, each in curves.items()],
             ),
         ]
     )
     results = {
         "checkpoint": arguments.codec.name,
-        "curves": {name: each._asdict() for name, each in curves.items()},
+        "curves": {name: {"bpp": each.rate, "psnr": each.quality} for name, each in curves.items()},
         "bd_rate": {name: each._asdict() for name, each in costs.items()},
     }
     origin = provenance(program.folder_of(arguments.data))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from compand import checkpoint
 from compand.errors import CheckpointError, UsageError
-from compand.eval.benchmarks.provenance import RESULTS, check_unwritten
+from compand.eval.provenance import RESULTS, check_unwritten
 from compand.image_codec import ImageCodec
 from compand.pictures import is_image_path
 from compand.weights import build

@@ -12,7 +12,7 @@ from pathlib import Path
 import compand
 from compand.demo import photograph
 from compand.eval.benchmarks import program
-from compand.eval.benchmarks.provenance import markdown_table, provenance, write_results
+from compand.eval.provenance import markdown_table, provenance, write_results
 
 
 def seconds(arguments: list[str], repetitions: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""BD-rates against closed forms, against the bjontegaard package, and against figures that others published."""
+"""Bjontegaard deltas against closed forms, the bjontegaard package, and figures that others published."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compand.errors import UsageError
-from compand.eval.bdrate import Curve, bd_rate
-from compand.eval.published import kodak
+from compand.eval.bdrate import Curve, bd_quality, bd_rate
+from compand.eval.published import TITLES, is_kodak, kodak
 
 
 def line(offset: float, slope: float, psnr: np.ndarray) -> Curve:
@@ -24,7 +24,7 @@ def line(offset: float, slope: float, psnr: np.ndarray) -> Curve:
 def test_a_constant_factor_in_rate_is_the_bd_rate(factor, slope):
     psnr = np.linspace(26, 42, 7)
     anchor = line(-9, slope, psnr)
-    result = bd_rate(anchor, Curve([factor * rate for rate in anchor.bpp], psnr.tolist()))
+    result = bd_rate(anchor, Curve([factor * rate for rate in anchor.rate], psnr.tolist()))
     assert result.percent == pytest.approx(100 * (factor - 1), abs=1e-6)
     assert (result.low, result.high) == pytest.approx((26, 42))
 
@@ -53,7 +53,7 @@ def test_only_the_permitted_rates_count():
 def test_rates_outside_do_not_matter():
     psnr = np.linspace(20, 44, 25)
     anchor, curve = line(-8, 0.2, psnr), line(-7.5, 0.2, psnr)
-    bent = Curve([rate * 3 if rate > 2.5 else rate for rate in curve.bpp], curve.psnr)
+    bent = Curve([rate * 3 if rate > 2.5 else rate for rate in curve.rate], curve.quality)
     assert bd_rate(anchor, bent) != bd_rate(anchor, curve)
     assert bd_rate(anchor, bent, (0.1, 1.5)) == bd_rate(anchor, curve, (0.1, 1.5))
 
@@ -64,10 +64,54 @@ def test_rates_outside_do_not_matter():
 def test_equals_the_bjontegaard_package(name):
     anchor, curve = kodak()["vtm"].curve, kodak()[name].curve
     expected = bjontegaard.bd_rate(
-        anchor.bpp, anchor.psnr, curve.bpp, curve.psnr,
+        anchor.rate, anchor.quality, curve.rate, curve.quality,
         method="pchip", require_matching_points=False, min_overlap=0,
     )  # fmt: skip
     assert bd_rate(anchor, curve).percent == pytest.approx(expected, abs=1e-6)
+
+
+@given(st.floats(-3, 3), st.floats(2, 6), st.floats(0.05, 0.3), st.floats(0.5, 1.5))
+def test_a_constant_gain_is_the_bd_psnr(gain, slope, low, high):
+    def curve(start: float, end: float, offset: float) -> Curve:
+        rate = np.geomspace(start, end, 6)
+        return Curve(rate.tolist(), (30 + offset + slope * np.log2(rate)).tolist())
+
+    result = bd_quality(curve(0.1, 1.0, 0), curve(low, high, gain))
+    assert result.difference == pytest.approx(gain, abs=1e-9)
+    assert (result.low, result.high) == pytest.approx((max(0.1, low), min(1.0, high)))
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [
+        ("psnr", "jpeg"),
+        ("psnr", "webp"),
+        ("psnr", "bpg"),
+        ("psnr", "mbt2018-mean"),
+        ("psnr", "elic2022"),
+        ("ms_ssim", "jpeg"),
+        ("ms_ssim", "mbt2018-mean"),
+    ],
+)
+def test_bd_psnr_equals_the_bjontegaard_package(metric, name):
+    anchor, curve = kodak(metric)["vtm"].curve, kodak(metric)[name].curve
+    expected = bjontegaard.bd_psnr(
+        anchor.rate, anchor.quality, curve.rate, curve.quality,
+        method="pchip", require_matching_points=False, min_overlap=0,
+    )  # fmt: skip
+    assert bd_quality(anchor, curve).difference == pytest.approx(expected, abs=1e-9)
+
+
+def test_deltas_change_sign_with_the_roles():
+    first, second = kodak()["webp"].curve, kodak()["vtm"].curve
+    assert bd_quality(first, second).difference == pytest.approx(-bd_quality(second, first).difference)
+    ratio = (1 + bd_rate(first, second).percent / 100) * (1 + bd_rate(second, first).percent / 100)
+    assert ratio == pytest.approx(1)
+
+
+def test_curves_without_a_common_rate_are_refused():
+    with pytest.raises(UsageError, match="share no rate"):
+        bd_quality(Curve([0.1, 0.2], [30, 32]), Curve([0.3, 0.4], [30, 32]))
 
 
 @pytest.mark.parametrize(
@@ -84,11 +128,27 @@ def test_the_published_curves_give_the_known_figures(name, percent):
     assert bd_rate(kodak()["vtm"].curve, kodak()[name].curve).percent == pytest.approx(percent, abs=0.6)
 
 
-def test_every_published_curve_has_a_source_and_grows():
-    for name, (curve, source) in kodak().items():
+@pytest.mark.parametrize("metric", ["psnr", "ms_ssim"])
+def test_every_published_curve_has_a_source_and_grows(metric):
+    assert kodak(metric).keys() >= {"vtm", "jpeg", "webp", "bpg", "mbt2018-mean"}
+    for name, (curve, source) in kodak(metric).items():
+        assert metric == "psnr" or 0.7 < min(curve.quality) <= max(curve.quality) < 1
         assert source, name
-        assert list(curve.bpp) == sorted(curve.bpp)
-        assert len(curve.bpp) == len(curve.psnr) >= 2, name
+        assert list(curve.rate) == sorted(curve.rate)
+        assert len(curve.rate) == len(curve.quality) >= 2, name
+
+
+def test_curves_that_are_shown_are_in_the_table():
+    assert TITLES.keys() <= kodak().keys()
+
+
+def test_kodak_is_told_by_its_24_names():
+    names = [f"kodim{number:02}.png" for number in range(1, 25)]
+    assert is_kodak(names)
+    assert is_kodak([f"lossless/{name}" for name in names])
+    assert not is_kodak(names[:-1])
+    assert not is_kodak([*names, "kodim25.png"])
+    assert not is_kodak([*names[:-1], "photo.png"])
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compand.errors import UsageError
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 """Folder of the committed results."""
 
 _PACKAGES = (
@@ -42,6 +40,8 @@ def provenance(data: str) -> dict[str, Any]:
     Returns:
         command, data, hardware (cpu, cores, torch_threads, gpu), date (UTC, ISO 8601), versions by package.
     """
+    import torch  # not before a run has started: this takes seconds
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "command": _command(),
@@ -89,7 +89,7 @@ def write_results(
     """
     written = {path: json.dumps({"provenance": origin, "results": results}, indent=2, allow_nan=False) + "\n"}
     if report:
-        written[path.with_suffix(".md")] = f"{report.rstrip()}\n\n{_as_markdown(origin)}\n"
+        written[path.with_suffix(".md")] = f"{report.rstrip()}\n\n{as_markdown(origin)}\n"
     for target in written:
         check_unwritten(target, force=force)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
-def _as_markdown(origin: Mapping[str, Any]) -> str:
+def as_markdown(origin: Mapping[str, Any]) -> str:
+    """What `provenance` returned, as a Markdown list."""
     hardware = origin["hardware"]
     machine = f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['torch_threads']} torch threads"
     if hardware["gpu"]:
@@ -124,9 +125,13 @@ def _command() -> str:
     """The command line as anyone may type it: absolute paths become relative to the working directory."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
-    program = (
-        f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {_portable(sys.argv[0])}"
-    )
+    script = Path(sys.argv[0]).stem
+    if script == "compand":
+        program = script
+    elif spec:
+        program = f"python -m {spec.name.removesuffix('.__main__')}"
+    else:
+        program = f"python {_portable(sys.argv[0])}"
     return " ".join([program, *map(_portable, sys.argv[1:])])
 
 
@@ -135,7 +140,7 @@ def _portable(argument: str) -> str:
     if not os.path.isabs(argument):
         return argument
     path = Path(argument)
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
 
