@@ -106,10 +106,18 @@ def read_info(folder: Path) -> CheckpointInfo:
 def _shipped() -> tuple[CheckpointInfo, ...]:
     import compand.checkpoints
 
-    folders = [
-        path.parent for root in compand.checkpoints.__path__ for path in Path(root).glob("*-v*/config.json")
-    ]
-    return tuple(sorted(map(read_info, folders), key=lambda info: (info.codec_id, info.codec, info.version)))
+    configs = [path for root in compand.checkpoints.__path__ for path in Path(root).glob("*-v*/config.json")]
+    infos = [read_info(path.parent) for path in configs if _describes_codec(path)]
+    return tuple(sorted(infos, key=lambda info: (info.codec_id, info.codec, info.version)))
+
+
+def _describes_codec(config: Path) -> bool:
+    """Whether a config.json is a codec's: the models of perception tasks lie beside, and name a task instead."""
+    try:
+        described = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True  # damaged: reading it as a codec's says so
+    return not (isinstance(described, dict) and "task" in described and "codec" not in described)
 
 
 def available() -> list[CheckpointInfo]:

@@ -1,0 +1,139 @@
+"""What training takes for the reference model of any perception task: the schedule and the finished folder."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from compand.eval.perception.models import TaskNetwork, load_model, save_model
+from compand.eval.perception.task import find
+from compand.weights import check_new
+
+
+class TaskTraining(pl.LightningModule):
+    """Trains a task network with SGD and writes it, with averaged weights if the run keeps them, as a reference model.
+
+    A subclass says what the loss of a batch is. The data module has the attributes `root` (the folder that the task
+    takes), `codec` and `quality` (None for undamaged items).
+
+    Args:
+        network: the network to train.
+        task: name of the task it solves.
+        output: new folder NAME-vN of the reference model.
+        lr: peak learning rate; linear warm-up, then cosine decay to zero at the trainer's `max_steps`.
+        momentum: Nesterov momentum.
+        weight_decay: L2 penalty on kernels; biases and norms have none.
+        warmup_steps: steps of warm-up.
+        minutes: time limit; the learning rate then decays by steps or by time, whichever is further on, and training
+            ends with the schedule.
+    """
+
+    def __init__(
+        self,
+        network: TaskNetwork,
+        task: str,
+        output: str,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        warmup_steps: int = 200,
+        minutes: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.task, self.output = task, Path(output)
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.warmup_steps, self.minutes = warmup_steps, minutes
+        self._elapsed = 0.0
+        self._last = 0.0
+
+    @abstractmethod
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The scalar loss of a batch."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        loss = self.loss(*batch)
+        # Reading a value waits for the device, so it is done only as often as the log asks for it.
+        if (batch_index + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            value = loss.item()
+            if not math.isfinite(value):
+                raise FloatingPointError(f"loss is {value} at step {self.global_step}; lower --model.lr")
+            self.log("loss", value, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        kernels = [p for p in self.parameters() if p.ndim > 1]
+        others = [p for p in self.parameters() if p.ndim <= 1]
+        groups = [
+            {"params": kernels, "weight_decay": self.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
+
+    def on_fit_start(self) -> None:
+        check_new(self.output)
+
+    def on_train_start(self) -> None:
+        self._last = time.monotonic()
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        now = time.monotonic()
+        self._elapsed, self._last = self._elapsed + now - self._last, now
+        progress = self.global_step / self.trainer.max_steps if self.trainer.max_steps > 0 else 0.0
+        if self.minutes is not None:
+            # The clocks of several processes differ; all follow the first, or their weights would drift apart.
+            elapsed = (
+                self._elapsed
+                if self.trainer.world_size == 1
+                else self.trainer.strategy.broadcast(self._elapsed)
+            )
+            progress = max(progress, elapsed / (60 * self.minutes))
+            self.trainer.should_stop = progress >= 1
+        factor = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+        factor *= min(1, (self.global_step + 1) / self.warmup_steps)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = factor * self.lr
+
+    def on_train_end(self) -> None:
+        """Writes the reference model and its card, with the score of what was written."""
+        if not self.trainer.is_global_zero:
+            return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        trained_on = {"codec": data.codec, "quality": data.quality} if data.codec is not None else None
+        task = find(self.task)(Path(data.root))
+        save_model(self.network, self.output, task=self.task, labels=task.labels, trained_on=trained_on)
+        # Measured as it was stored, in the way in which `compand eval perception` measures its baseline.
+        model = load_model(self.output, str(self.device))
+        outcomes = [task.outcome(model, task.load(item), item) for item in task.items()]
+        score = float(task.score(np.sum(outcomes, axis=0)))
+        self._write_card(task.score_name, score, trained_on)
+        print(
+            f"trained: {self.output}; {task.score_name} {score:.4f} on {len(outcomes)} undamaged test items"
+        )
+
+    def _write_card(self, score_name: str, score: float, trained_on: dict[str, Any] | None) -> None:
+        items = "undamaged items"
+        if trained_on is not None:
+            items = f"items decoded from {trained_on['codec']} at quality {trained_on['quality']:g}"
+        (self.output / "CARD.md").write_text(
+            f"# {self.output.name}\n\n"
+            f"- task: {self.task}\n"
+            f"- training: {self.global_step} steps, {self._elapsed / 60:.1f} minutes, on {items}\n"
+            f"- {score_name} on the undamaged test items: {score:.4f}\n"
+            "- data:\n- hardware:\n- command:\n- licence:\n",
+            encoding="utf-8",
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["elapsed_seconds"] = self._elapsed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._elapsed = checkpoint["elapsed_seconds"]
