@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -291,20 +292,25 @@ class MixtureDataset(IterableDataset[tuple[Tensor, Tensor]]):
         length = round(SECONDS * RATE)
         while True:
             played = [
-                equalised(play(self.samples, source, length), 4.0, generator)
-                for source in draw(events, self.samples, n)
+                equalised(play(self.samples, source, length), 6.0, generator)
+                for source in draw(events, self.samples, n, spread=7)
             ]
             sources = mix(torch.stack(played, 1), uniform(generator, n, -8, 8)[:, 0])
             yield sources.sum(1), sources
 
 
 def with_instruments(samples: Samples, count: int, seed: int) -> Samples:
-    """Adds `count` synthetic samples of each source, and plays one of the folder's as often as one of them."""
-    generator = np.random.default_rng(seed)
-    made = [instrument(generator) for instrument in (drum, note) for _ in range(count)]
-    waveforms = torch.zeros(len(made), samples.waveforms.shape[1])
-    for row, wave in enumerate(made):
-        waveforms[row, : len(wave)] = torch.from_numpy(wave)
+    """Adds `count` synthetic samples of each source; both kinds are played equally often."""
+
+    def made(row: int) -> np.ndarray:
+        return (drum if row < count else note)(np.random.default_rng([seed, row]))
+
+    waveforms = torch.zeros(2 * count, samples.waveforms.shape[1])
+    lengths = []
+    with ThreadPoolExecutor() as executor:
+        for row, wave in enumerate(executor.map(made, range(2 * count))):
+            waveforms[row, : len(wave)] = torch.from_numpy(wave)
+            lengths.append(len(wave))
     first = len(samples.names)
     pools = tuple(
         np.concatenate(
@@ -317,9 +323,9 @@ def with_instruments(samples: Samples, count: int, seed: int) -> Samples:
     )
     return Samples(
         torch.cat([samples.waveforms, waveforms]),
-        torch.cat([samples.lengths, torch.tensor([len(wave) for wave in made], dtype=torch.int64)]),
+        torch.cat([samples.lengths, torch.tensor(lengths)]),
         pools,
-        (*samples.names, *(f"synthetic-{row}" for row in range(len(made)))),
+        (*samples.names, *(f"synthetic-{row}" for row in range(2 * count))),
     )
 
 
@@ -354,7 +360,7 @@ class Mixtures(pl.LightningDataModule):
         self,
         root: str,
         batch_size: int = 32,
-        synthetic: int = 400,
+        synthetic: int = 1000,
         validation: int = 20,
         codec: str | None = None,
         quality: float | None = None,

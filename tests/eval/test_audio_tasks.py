@@ -69,7 +69,7 @@ def samples_folder(tmp_path_factory) -> Path:
         noise = np.cumsum(generator.standard_normal(22050)) if index % 2 else generator.standard_normal(22050)
         Sound((noise * decay / np.abs(noise).max())[None].astype(np.float32), RATE).save(root / f"{name}.wav")
     for index, name in enumerate(
-        ("ambi_a", "ambi_b", "bass_a", "bass_b", "guit_a", "elec_blip", "elec_blip2")
+        ("ambi_choir", "bass_a", "bass_b", "bass_c", "guit_a", "elec_bell", "elec_bell2")
     ):
         sound = tone(110 * 1.4**index, 0.8, RATE)
         stereo = np.repeat(sound.samples, 2, 0) * np.exp(-np.arange(sound.length) / 20000)
@@ -215,7 +215,7 @@ def test_silence_separates_into_silence():
 
 
 def test_takes_of_one_instrument_stay_on_one_side(samples_folder):
-    assert source_of("bd_808") == 0 and source_of("elec_blip2") == 1 and source_of("vinyl_a") is None
+    assert source_of("bd_808") == 0 and source_of("elec_bell2") == 1 and source_of("vinyl_a") is None
     items, _ = find_items(samples_folder, "audio")
     train, test = split(items)
     assert len(train) + len(test) == len(items) - 1
@@ -238,7 +238,7 @@ def test_a_folder_without_one_source_is_refused(tmp_path):
 def test_events_play_samples_at_their_speed():
     ramp = torch.arange(1, 101, dtype=torch.float32)
     samples = Samples(
-        torch.stack([torch.cat([ramp, torch.zeros(20)])]), torch.tensor([100]), np.zeros(1, int), ("a",)
+        torch.stack([torch.cat([ramp, torch.zeros(20)])]), torch.tensor([100]), (np.zeros(1, int),), ("a",)
     )
 
     def played(
@@ -262,7 +262,7 @@ def test_mixtures_follow_from_the_seed(samples_folder):
     for source in range(2):
         assert all(np.array_equal(a, b) for a, b in zip(first[source], again[source], strict=True))
         assert not np.array_equal(first[source].onset, other[source].onset)
-        assert (samples.sources[first[source].sample] == source).all()
+        assert set(first[source].sample.ravel()) <= set(samples.pools[source])
         assert (first[source].onset[:, 0] == 0).all() and (first[source].speed > 0.3).all()
     melody = first[1]
     np.testing.assert_allclose(melody.onset[:, 1:], (melody.onset + melody.seconds)[:, :-1])
@@ -335,4 +335,4 @@ def test_real_recordings_are_found():
     assert len(keywords) == 210 and {item.target for item in keywords} == set(range(6))
     assert len(digits) == 250 and all(int(item.name[0]) == item.target for item in digits)
     train, test = (find_samples(AUDIO / "samples", part) for part in ("train", "test"))
-    assert len(train) == 84 and len(test) == 28
+    assert len(train) == 79 and len(test) == 27

@@ -146,11 +146,19 @@ def read_samples(items: Sequence[Item]) -> Samples:
     return Samples(waveforms, torch.tensor(lengths), pools, tuple(item.path.stem for item in items))
 
 
-def draw(generator: np.random.Generator, samples: Samples, batch: int) -> tuple[Events, Events]:
+def draw(
+    generator: np.random.Generator, samples: Samples, batch: int, spread: float = 0.0
+) -> tuple[Events, Events]:
     """Random drums and melodies of `SECONDS`, each one bar of a common tempo of 90 to 160 beats a minute.
 
     Drums are three samples (some of them whole loops) on a grid of half beats; a melody is one sample, or two that
     take turns, played as notes of a minor pentatonic scale, each of which ends where the next one begins.
+
+    Args:
+        generator: decides all.
+        samples: what there is to play.
+        batch: number of pairs.
+        spread: semitones by which the ranges of tuning and key are wider at either end than in the test.
     """
     beat = 60 / generator.uniform(90, 160, (batch, 1))
     drums, melody = samples.pools
@@ -166,7 +174,7 @@ def draw(generator: np.random.Generator, samples: Samples, batch: int) -> tuple[
     sample, voice = chosen(drums, 3, hits)
     step = generator.integers(0, 12, (batch, hits))
     step[:, 0] = 0
-    tuning = 2 ** (generator.uniform(-4, 4, (batch, 3)) / 12)
+    tuning = 2 ** (generator.uniform(-4 - spread, 4 + spread, (batch, 3)) / 12)
     played_drums = Events(
         sample,
         step * beat / 2,
@@ -180,7 +188,7 @@ def draw(generator: np.random.Generator, samples: Samples, batch: int) -> tuple[
     sample = np.where(alone, sample[:, :1], sample)
     seconds = beat * generator.choice([0.5, 1.0, 1.0, 2.0], (batch, notes))
     onset = np.cumsum(seconds, 1) - seconds
-    key = generator.uniform(-9, 5, (batch, 1))
+    key = generator.uniform(-9 - spread, 5 + spread, (batch, 1))
     pitch = key + generator.choice(_SCALE, (batch, notes))
     gain = 10 ** (generator.uniform(-6, 0, (batch, notes)) / 20)
     return played_drums, Events(sample, onset, 2 ** (pitch / 12), gain, seconds)
