@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,9 @@ from compand.errors import MediaError
 from compand.eval.items import Signal
 from compand.pictures import Picture
 from compand.sounds import Sound
+
+if TYPE_CHECKING:
+    from compand.eval.subjects import Subject
 
 _END_SECONDS = 5  # that a process may take to end once its input is closed
 
@@ -208,10 +211,11 @@ def main() -> None:
     except Exception as error:
         answer({"error": files.explain(error, "decoder")})
         return
+    subjects: dict[tuple[str, str | None], Subject] = {}
     for line in requests:
         request = json.loads(line)
         try:
-            answer({"seconds": _decode(**request)})
+            answer({"seconds": _decode(subjects, **request)})
         except Exception as error:
             answer({"error": files.explain(error, f"decoding with {request['codec']}")})
 
@@ -225,10 +229,16 @@ def _set_up(setup: dict[str, Any]) -> None:
     subjects.load_plugins(setup.get("plugins", ()))
 
 
-def _decode(codec: str, medium: str | None, file: str, output: str) -> float:
-    from compand.eval import subjects
+def _decode(
+    subjects: dict[tuple[str, str | None], Subject], codec: str, medium: str | None, file: str, output: str
+) -> float:
+    """Decode a file with a codec that is kept for further files. Returns the seconds in the codec, loaded before."""
+    from compand.eval.subjects import find
 
-    subject = subjects.find(codec, medium)
+    subject = subjects.get((codec, medium))
+    if subject is None:
+        subject = subjects[codec, medium] = find(codec, medium)
+        subject.load()
     data = Path(file).read_bytes()
     start = time.perf_counter()
     decoded = subject.decode(data)

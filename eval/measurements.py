@@ -417,9 +417,13 @@ def write_results(store: Store, summary: Mapping[str, Any], origin: Mapping[str,
         The two files.
     """
     rows = store.rows()
-    content = {"provenance": origin, "schema": SCHEMA, "summary": summary, "rows": rows}
+    head = json.dumps(
+        _encoded({"provenance": origin, "schema": SCHEMA, "summary": summary}), indent=1, allow_nan=False
+    ).removesuffix("\n}")
+    # A row a line: thousands of them, of which some hold long lists, stay readable and small.
+    lines = ",\n".join(json.dumps(_encoded(row), allow_nan=False) for row in rows)
     written = {
-        store.out / RESULTS: json.dumps(_encoded(content), indent=1, allow_nan=False) + "\n",
+        store.out / RESULTS: f'{head},\n "rows": [\n{lines}\n ]\n}}\n',
         store.out / TABLE: as_csv(rows),
     }
     store.add_written(path.name for path in written)

@@ -381,7 +381,9 @@ class _Measurer:
 
     def _subject(self, source: str, medium: str) -> Subject:
         if (source, medium) not in self._subjects:
-            self._subjects[source, medium] = known.find(source, medium)
+            subject = known.find(source, medium)
+            subject.load()
+            self._subjects[source, medium] = subject
         return self._subjects[source, medium]
 
     def _measure(
