@@ -1,7 +1,8 @@
 """Distortion of sounds.
 
-SDR, SI-SDR and the log-mel distance are computed a channel and averaged over the channels whose original is not
-silent; PESQ, STOI and ViSQOL, which know one ear, of the mean of the channels.
+SI-SDR and the log-mel distance are computed a channel and averaged over the channels whose original is not silent, SDR
+over all channels together; PESQ, STOI and ViSQOL, which know one ear, of the mean of the channels. A sound that was
+decoded to silence gets the worst value of its metric rather than none, so that means cannot gain by it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ MEL_WINDOWS = (2048, 1024, 512, 256)
 MEL_FLOOR = -80.0
 """Least level of a mel band, in dB of a full-scale sine; differences below it cannot be heard."""
 
+SI_SDR_FLOOR = -30.0
+"""Least SI-SDR in dB; a mean over sounds would otherwise depend on how wrong the worst one is."""
+
+PESQ_WORST = 1.0
+"""MOS-LQO of a part that was decoded to silence."""
+
 PESQ_SECONDS = 20
 """Longest part that PESQ is computed of; its reference implementation holds no more than 50 utterances."""
 
@@ -37,30 +44,26 @@ _PACKAGES = {"pesq": ("pesq", "pesq"), "stoi": ("pystoi", "eval"), "visqol": ("v
 
 
 def sdr(original: Sound, decoded: Sound) -> float:
-    """Signal-to-distortion ratio 10 log10(|x|^2 / |x - y|^2) in dB, mean over the channels; infinite if equal.
+    """Signal-to-distortion ratio 10 log10(|x|^2 / |x - y|^2) in dB over all channels together; infinite if equal.
 
     The definition of Mitsufuji et al., "Music Demixing Challenge 2021" (2022), equation 1, and equal to the SNR;
     unlike BSS Eval no filter is fitted first.
     """
-    return float(np.mean([_ratio(x, x - y) for x, y in _channels(original, decoded)]))
+    x, y = (sound.samples.astype(np.float64).ravel() for sound in (original, decoded))
+    return _ratio(x, x - y)
 
 
 def si_sdr(original: Sound, decoded: Sound) -> float:
     """Scale-invariant signal-to-distortion ratio in dB, mean over the channels; infinite if equal.
 
-    Le Roux et al., "SDR - half-baked or well done?" (2019), equation 3; the mean is not subtracted.
-
-    Raises:
-        UsageError: a decoded channel is orthogonal to the original (silence, for instance).
+    Le Roux et al., "SDR - half-baked or well done?" (2019), equation 3; the mean is not subtracted. No channel counts
+    for less than `SI_SDR_FLOOR`, which is also the value of a channel decoded to silence.
     """
     ratios = []
     for x, y in _channels(original, decoded):
         scale = float(x @ y) / float(x @ x)
-        if scale == 0:
-            raise UsageError(
-                "si_sdr is not defined, the decoded sound has nothing of the original: leave it out"
-            )
-        ratios.append(_ratio(scale * x, scale * x - y))
+        ratio = _ratio(scale * x, scale * x - y) if scale != 0 else SI_SDR_FLOOR
+        ratios.append(max(ratio, SI_SDR_FLOOR))
     return float(np.mean(ratios))
 
 
@@ -89,7 +92,7 @@ def pesq(original: Sound, decoded: Sound) -> float:
     Sounds beyond 20 s are cut into equal parts of at most that; parts without utterances do not count in the mean.
 
     Raises:
-        UsageError: shorter than a quarter of a second, without an utterance, or silent once decoded.
+        UsageError: shorter than a quarter of a second, or without an utterance.
     """
     import pesq as library
 
@@ -103,7 +106,8 @@ def pesq(original: Sound, decoded: Sound) -> float:
         if not part_x.any():
             continue
         if not part_y.any():
-            raise UsageError("pesq is not defined, the decoded sound is silent: leave it out")
+            scores.append(PESQ_WORST)
+            continue
         try:
             scores.append(library.pesq(rate, part_x, part_y, mode))
         except library.NoUtterancesError:

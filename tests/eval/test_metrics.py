@@ -267,9 +267,10 @@ def test_sdr_and_si_sdr_agree_with_torchmetrics(channels: int, level: float):
     original = voice(0.5, channels=channels)
     decoded = with_noise(Sound(original.samples * 0.8, original.rate), level)
     x, y = (torch.from_numpy(sound.samples).double() for sound in (decoded, original))
-    expected = float(reference_audio.scale_invariant_signal_distortion_ratio(x, y).mean())
+    ratios = reference_audio.scale_invariant_signal_distortion_ratio(x, y)
+    expected = float(ratios.clamp(min=audio.SI_SDR_FLOOR).mean())
     assert metrics.measure("si_sdr", original, decoded) == pytest.approx(expected, abs=1e-5)
-    expected = float(reference_audio.signal_noise_ratio(x, y).mean())
+    expected = float(reference_audio.signal_noise_ratio(x.ravel(), y.ravel()))
     assert metrics.measure("sdr", original, decoded) == pytest.approx(expected, abs=1e-5)
 
 
@@ -285,6 +286,19 @@ def test_sdr_and_si_sdr_of_closed_forms():
     stereo = Sound(np.stack([tone, 0 * tone]), 8000)
     decoded = Sound(np.stack([tone + other / 10, other]), 8000)
     assert metrics.measure("si_sdr", stereo, decoded) == pytest.approx(20)
+    # SDR counts what leaks into it.
+    assert metrics.measure("sdr", stereo, decoded) == pytest.approx(-10 * math.log10(0.01 + 1), abs=1e-3)
+
+
+def test_sounds_decoded_to_silence_have_the_worst_value():
+    sound = voice(1.0, 8000)
+    silence = Sound(np.zeros_like(sound.samples), 8000)
+    assert metrics.measure("si_sdr", sound, silence) == audio.SI_SDR_FLOOR
+    assert metrics.measure("si_sdr", sound, with_noise(silence, 1.0)) == audio.SI_SDR_FLOOR
+    assert metrics.measure("sdr", sound, silence) == pytest.approx(0)
+    pytest.importorskip("pesq")
+    assert metrics.measure("pesq", sound, silence) == audio.PESQ_WORST
+    assert metrics.measure("pesq", sound, with_noise(sound, 0.3)) > audio.PESQ_WORST
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 48000])
@@ -393,8 +407,6 @@ def test_unfit_sounds_say_why():
             metrics.measure(metric, empty, empty)
         with pytest.raises(UsageError, match="not numbers"):
             metrics.measure(metric, sound, broken)
-    with pytest.raises(UsageError, match="nothing of the original"):
-        metrics.measure("si_sdr", sound, silent)
     with pytest.raises(UsageError, match=r"stoi needs 0.4 s"):
         metrics.measure("stoi", voice(0.2, 8000), voice(0.2, 8000))
     opposite = Sound(np.concatenate([sound.samples, -sound.samples]), 8000)
@@ -404,8 +416,6 @@ def test_unfit_sounds_say_why():
 
 def test_pesq_refuses_what_it_cannot_judge():
     pytest.importorskip("pesq")
-    short, sound = voice(0.2, 8000), voice(1.0, 8000)
+    short = voice(0.2, 8000)
     with pytest.raises(UsageError, match=r"0\.25 s"):
         metrics.measure("pesq", short, short)
-    with pytest.raises(UsageError, match="decoded sound is silent"):
-        metrics.measure("pesq", sound, Sound(np.zeros_like(sound.samples), 8000))
