@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -58,13 +59,20 @@ class Decoder:
         plugins: modules that register third-party codecs, imported by the process.
         threads: computing threads of the process; None: its libraries decide.
         folder: where the temporary folder with coded and decoded files is made; None: the system's place.
+        timeout: seconds that the process may take for a file, or to start; then it is killed.
     """
 
     def __init__(
-        self, plugins: Sequence[str] = (), *, threads: int | None = None, folder: Path | None = None
+        self,
+        plugins: Sequence[str] = (),
+        *,
+        threads: int | None = None,
+        folder: Path | None = None,
+        timeout: float = 600.0,
     ) -> None:
         self._plugins = tuple(plugins)
         self._threads = threads
+        self._timeout = timeout
         self._place = tempfile.TemporaryDirectory(prefix="compand-", dir=folder, ignore_cleanup_errors=True)
         self._coded = Path(self._place.name, "coded")
         self._output = Path(self._place.name, "decoded.npz")
@@ -90,7 +98,8 @@ class Decoder:
             medium: "image" or "audio", for names that both media have.
 
         Raises:
-            MediaError: the codec refuses the file, or the process ended; the next call starts another.
+            MediaError: the codec refuses the file, or the process ended or took too long; the next call then starts
+                another.
         """
         self._coded.write_bytes(data)
         self._output.unlink(missing_ok=True)  # an answer must never be an earlier request's
@@ -136,7 +145,23 @@ class Decoder:
 
     def _read(self, codec: str) -> dict[str, Any]:
         assert self._process is not None and self._process.stdout is not None
-        line = self._process.stdout.readline()
+        expired = threading.Event()
+
+        def kill(process: subprocess.Popen[bytes]) -> None:
+            expired.set()
+            process.kill()
+
+        # A timer, since Windows cannot wait for a pipe for a limited time.
+        timer = threading.Timer(self._timeout, kill, [self._process])
+        timer.daemon = True
+        timer.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()
+        if expired.is_set():
+            self._end()
+            raise MediaError(f"decoding with {codec} took more than {self._timeout:g} s and was ended")
         if not line.endswith(b"\n"):
             raise self._death(codec)
         answer: dict[str, Any] = json.loads(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from compand.errors import MediaError, UsageError
+from compand.files import explain
 from compand.pictures import Picture, is_image_path, read_picture
 from compand.sounds import Sound, is_sound_path, read_sound
 
@@ -65,7 +67,28 @@ class Problem(NamedTuple):
     message: str  # one line
 
 
-def find_items(root: Path, medium: str | None = None) -> tuple[list[Item], list[Problem]]:
+_FOLDERS = re.compile(r"(?<![\w:/.~-])(?:[A-Za-z]:)?[/\\](?:[^\s/\\:;,'\"()]+[/\\])+(?=[^\s/\\])")
+"""Folders of an absolute path inside a text; not those of an address, which follow a colon."""
+
+
+def reason(error: BaseException, item: Item) -> str:
+    """An exception as the message of a problem: one line that names the item, and no folder of this machine.
+
+    >>> item = Item("b/a.png", Path("/home/ann/my photos/b/a.png"), "image")
+    >>> reason(MediaError("/home/ann/my photos/b/a.png is damaged"), item)
+    'b/a.png is damaged'
+    """
+    text = explain(error, item.name)
+    # The item first, whose folders may have any character; then whatever else a library has put into its message.
+    for path in (item.path.resolve(), item.path.absolute(), item.path):
+        text = text.replace(str(path), item.name)
+    text = _FOLDERS.sub("", text)
+    return text if item.name in text else f"{item.name}: {text}"
+
+
+def find_items(
+    root: Path, medium: str | None = None, *, exclude: Path | None = None
+) -> tuple[list[Item], list[Problem]]:
     """The images or sounds of a folder and of all folders in it, in order of name.
 
     Hidden files, text, labels and archives are passed over silently; so are the files of the other medium where
@@ -74,6 +97,7 @@ def find_items(root: Path, medium: str | None = None) -> tuple[list[Item], list[
     Args:
         root: folder or file.
         medium: "image", "audio", or None for whatever the folder has.
+        exclude: a folder that is passed over with all that it holds: that of the results.
 
     Returns:
         The items, and a problem for every file that is neither an image nor a sound.
@@ -87,7 +111,7 @@ def find_items(root: Path, medium: str | None = None) -> tuple[list[Item], list[
         raise UsageError(f"{root} does not exist: check the path")
     items: list[Item] = []
     problems: list[Problem] = []
-    for path in [root] if root.is_file() else _files(root):
+    for path in [root] if root.is_file() else _files(root, exclude):
         name = path.name if path == root else path.relative_to(root).as_posix()
         kind = "image" if is_image_path(path) else "audio" if is_sound_path(path) else None
         if kind is not None:
@@ -135,13 +159,16 @@ def content_hash(item: Item) -> str:
         with open(item.path, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
     except OSError as error:
-        raise MediaError(f"{item.path} cannot be read: {error.strerror}") from None
+        raise MediaError(f"{item.name} cannot be read: {error.strerror}") from None
 
 
-def _files(root: Path) -> list[Path]:
+def _files(root: Path, exclude: Path | None) -> list[Path]:
     found = []
+    left_out = exclude and exclude.resolve()
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and Path(folder, name).resolve() != left_out
+        ]
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 

@@ -29,7 +29,7 @@ RUN, MEASUREMENTS, RESULTS, TABLE = "run.json", "measurements.jsonl", "results.j
 EXAMPLES = "examples"
 
 # What a run may gain when it is continued; all else decides whether results belong together.
-_EXTENSIBLE = frozenset({"codecs", "data", "metrics", "plugins", "written"})
+_EXTENSIBLE = frozenset({"codecs", "data", "metrics", "origins", "plugins", "written"})
 
 _COLUMNS = (
     "item", "medium", "codec", "identity", "quality", "bytes", "overhead_bytes", "bpp", "kbps", "kbps_payload",
@@ -37,6 +37,13 @@ _COLUMNS = (
 )  # fmt: skip
 """Columns of the table that stand first, in this order; metrics and others follow."""
 _LAST = ("outcome", "notes", "problems")
+
+_REQUIRED = frozenset({"item", "medium", "codec", "identity", "quality", "bytes"})
+"""Columns, with that of the rate, without which a row cannot be used."""
+_FACTS = frozenset({"title", "kind", "note", "identity"})
+
+MISSING_SHARE = 0.1
+"""A point that lacks more than this share of the items does not count."""
 
 Row = dict[str, Any]
 
@@ -97,6 +104,7 @@ class Store:
         self.description = description
         self._rows = {key_of(row): row for row in rows}
         self._stream = stream
+        self._origin: dict[str, Any] | None = None
 
     @classmethod
     def open(cls, out: Path, description: Mapping[str, Any], *, force: bool = False) -> Store:
@@ -112,7 +120,7 @@ class Store:
             UsageError: the folder holds another run, or files and no run; it is in use, or damaged.
             MediaError: it cannot be written.
         """
-        wanted = {"schema": SCHEMA, "codecs": {}, "written": [], **description}
+        wanted = {"schema": SCHEMA, "codecs": {}, "written": [], "origins": [], **description}
         try:
             out.mkdir(parents=True, exist_ok=True)
             if not (out / RUN).exists() and any(map(_is_foreign, out.iterdir())):
@@ -157,6 +165,24 @@ class Store:
         self.description["written"] = list(dict.fromkeys([*self.description["written"], *names]))
         self._describe()
 
+    @property
+    def measured(self) -> bool:
+        """Whether this run, not an earlier one that it continues, has an origin and so has measured something."""
+        return self._origin is not None
+
+    def add_origin(self, origin: Mapping[str, Any]) -> None:
+        """Note where the rows of this run come from, in place of what was noted of it before.
+
+        Args:
+            origin: what `compand.eval.provenance.provenance` returned.
+        """
+        origins = self.description["origins"]
+        if self._origin is not None:
+            origins.remove(self._origin)
+        self._origin = dict(origin)
+        origins.append(self._origin)
+        self._describe()
+
     def rows(self) -> list[Row]:
         """All rows whose codec is still the one measured, in order of codec, quality and item."""
         current = {name: fact["identity"] for name, fact in self.codecs.items()}
@@ -169,8 +195,21 @@ class Store:
         row = self._rows.get(key)
         return row is not None and all(name in row for name in metrics)
 
-    def append(self, row: Row) -> None:
-        """Keep a row, on the disk before this returns to the caller."""
+    def append(self, row: Row, metrics: Collection[str] = ()) -> None:
+        """Keep a row, in place of one of the same key.
+
+        It is handed to the operating system before this returns: it survives the end of this process, not that of the
+        machine.
+
+        Args:
+            row: see the module.
+            metrics: those that were to be measured. The run's others stay as the row before had them, if the file is
+                the same: what cannot be computed here is not lost.
+        """
+        before = self._rows.get(key_of(row), {})
+        if before.get("bytes") == row["bytes"]:
+            kept = [name for name in self.description["metrics"] if name in before and name not in metrics]
+            row = {name: before[name] for name in kept} | row
         self._stream.write(json.dumps(_encoded(row), allow_nan=False).encode() + b"\n")
         self._stream.flush()
         self._rows[key_of(row)] = row
@@ -185,8 +224,11 @@ def _continued(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """The description of the run in a folder with what `wanted` adds. Raises UsageError if they do not agree."""
     try:
         found: dict[str, Any] = json.loads((out / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{out / RUN} is damaged ({error}): choose another -o, or --force") from None
+        if not all(fact.keys() >= _FACTS for fact in found["codecs"].values()):
+            raise ValueError("a codec without its facts")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        fact = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UsageError(f"{out / RUN} is damaged ({fact}): choose another -o, or --force") from None
     for name in sorted((found.keys() | wanted.keys()) - _EXTENSIBLE):
         old, new = found.get(name), wanted.get(name)
         if old != new:
@@ -196,7 +238,7 @@ def _continued(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         name: list(dict.fromkeys([*found.get(name, ()), *wanted.get(name, ())]))
         for name in ("metrics", "plugins", "written")
     }
-    return wanted | added | {"codecs": found["codecs"]}
+    return wanted | added | {"codecs": found["codecs"], "origins": found.get("origins", [])}
 
 
 def _changes(old: Any, new: Any) -> str:
@@ -215,8 +257,11 @@ def _read_rows(stream: BinaryIO, out: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(content[:whole].splitlines(), start=1):
         try:
-            rows.append(_decoded(json.loads(line)))
-        except ValueError:
+            row = _decoded(json.loads(line))
+            if not _REQUIRED | {RATES[row["medium"]]} <= row.keys():
+                raise ValueError("columns are missing")
+            rows.append(row)
+        except (ValueError, LookupError, TypeError, AttributeError):
             path = out / MEASUREMENTS
             raise UsageError(f"{path}, line {number}, is damaged: choose another -o, or --force") from None
     return rows
@@ -333,14 +378,59 @@ def mean_points(
     }
 
 
-def summary_codecs(store: Store, metrics: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def counted_rows(
+    store: Store, selected: Mapping[str, Collection[float]] | None = None
+) -> tuple[list[Row], list[str]]:
+    """The rows of all points that count, so that one which failed, or was never finished, does not shrink the others.
+
+    A point counts unless it lacks more than `MISSING_SHARE` of the items that were measured at all. One that was not
+    selected now must also have all items that the codec's selected points share (those of its fullest point, where
+    none is selected), since the means of a codec are over the same items.
+
+    Args:
+        store: the measurements.
+        selected: the qualities of this run by name of the codec; None: all that the store has.
+
+    Returns:
+        The rows, and a notice for each point that is left out.
+    """
+    points: dict[str, dict[float, list[Row]]] = {}
+    for row in store.rows():
+        points.setdefault(row["codec"], {}).setdefault(row["quality"], []).append(row)
+    measured = {row["item"] for own in points.values() for group in own.values() for row in group}
+    counted, notices = [], []
+    for codec, own in points.items():
+        names = {quality: {row["item"] for row in group} for quality, group in own.items()}
+        asked = {quality for quality in own if selected is None or quality in selected.get(codec, ())}
+        enough = {quality for quality in own if len(names[quality]) >= (1 - MISSING_SHARE) * len(measured)}
+        shared = [names[quality] for quality in asked & enough]
+        needed = set.intersection(*shared) if shared else max(names.values(), key=len)
+        for quality, group in own.items():
+            if quality in enough and (quality in asked or needed <= names[quality]):
+                counted += group
+                continue
+            remedy = "see the problems" if quality in asked else "select it to have it measured wholly"
+            notices.append(
+                f"{store.codecs[codec]['title']}: quality {quality:g} is left out, it has {len(group)} of "
+                f"{len(measured)} items: {remedy}"
+            )
+    return counted, notices
+
+
+def summary_codecs(
+    store: Store, metrics: Sequence[str], rows: Sequence[Row]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What the summary says of every codec, and notices about items that its means leave out.
 
     A point has `quality`, `items` and the means of `bytes`, the rate (`bpp` or `kbps`; `kbps_payload` where the
     container's share is known) and the metrics, over the items measured at all qualities of the codec. Where a metric
     has fewer of them, its mean is over those and `<metric>_items` says how many.
+
+    Args:
+        store: the measurements.
+        metrics: their columns.
+        rows: those that count, of `counted_rows`.
     """
-    rows = store.rows()
     total = len(store.description["items"])
     codecs: dict[str, dict[str, Any]] = {}
     notices = []
@@ -350,7 +440,7 @@ def summary_codecs(store: Store, metrics: Sequence[str]) -> tuple[dict[str, dict
         items = set(complete_items(own).get(codec, ()))
         if len(items) < total:
             notices.append(
-                f"{fact['title']}: means are over {len(items)} of {total} items, those without a problem"
+                f"{fact['title']}: means are over {len(items)} of {total} items, those measured at every point"
             )
         points: dict[float, dict[str, Any]] = {}
         columns = [
@@ -411,12 +501,17 @@ def write_results(store: Store, summary: Mapping[str, Any], origin: Mapping[str,
     Args:
         store: the measurements.
         summary: what plots and the page are drawn from.
-        origin: what `compand.eval.provenance.provenance` returned.
+        origin: what `compand.eval.provenance.provenance` returned. Where this run has measured nothing, that of the
+            last one which has stands in its place. Those of the runs before it are listed as `earlier`.
 
     Returns:
         The two files.
     """
     rows = store.rows()
+    if store.measured:
+        store.add_origin(origin)
+    *earlier, last = store.description["origins"] or [origin]
+    origin = {**last, "earlier": earlier} if earlier else last
     head = json.dumps(
         _encoded({"provenance": origin, "schema": SCHEMA, "summary": summary}), indent=1, allow_nan=False
     ).removesuffix("\n}")

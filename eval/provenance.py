@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -24,8 +26,18 @@ _PACKAGES = (
     "torchvision",
     "torchaudio",
     "constriction",
+    "scipy",
     "pillow",
+    "pillow-jxl-plugin",
+    "jpeglib",
     "soundfile",
+    "torchmetrics",
+    "pytorch-msssim",
+    "pesq",
+    "pystoi",
+    "visqol-python",
+    "timm",
+    "transformers",
     "compressai",
     "lightning",
 )
@@ -122,24 +134,34 @@ def as_markdown(origin: Mapping[str, Any]) -> str:
 
 
 def _command() -> str:
-    """The command line as anyone may type it: absolute paths become relative to the working directory."""
+    """The command line as anyone may type it into a shell, without this machine's folders."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     script = Path(sys.argv[0]).stem
     if script == "compand":
-        program = script
+        program = [script]
     elif spec:
-        program = f"python -m {spec.name.removesuffix('.__main__')}"
+        program = ["python", "-m", spec.name.removesuffix(".__main__")]
     else:
-        program = f"python {_portable(sys.argv[0])}"
-    return " ".join([program, *map(_portable, sys.argv[1:])])
+        program = ["python", _portable(sys.argv[0])]
+    return shlex.join([*program, *map(_portable, sys.argv[1:])])
 
 
 def _portable(argument: str) -> str:
-    """An argument without this machine's folders: absolute paths become names below the repository, or bare names."""
-    if not os.path.isabs(argument):
-        return argument
-    path = Path(argument)
+    """An argument without this machine's folders: absolute paths become names below the repository, or bare names.
+
+    Paths may stand alone, behind an option ("--output=", "-o"), or in lists ("jpeg,PATH", "jpeg=10;PATH=1,2").
+    """
+    return "".join(map(_without_folders, _AROUND_PATHS.split(argument)))
+
+
+_AROUND_PATHS = re.compile(r"(^-\w(?=/)|[=,;])")
+
+
+def _without_folders(text: str) -> str:
+    if not os.path.isabs(text):
+        return text
+    path = Path(text)
     root = Path(__file__).resolve().parents[1]
     return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 

@@ -11,25 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from compand import files
 from compand.cli import table
 from compand.errors import MediaError, UsageError
 from compand.eval import subjects
 from compand.eval.anchors import MISSING
 from compand.eval.bdrate import Curve, bd_quality, bd_rate
-from compand.eval.items import Item, Problem, content_hash, find_items
+from compand.eval.items import Item, Problem, content_hash, find_items, reason
 from compand.eval.measurements import (
     EXAMPLES,
     RATES,
     Row,
     Store,
     complete_items,
+    counted_rows,
     mean_points,
     row_notices,
     summary_codecs,
     write_results,
 )
-from compand.eval.metrics import Metric, for_medium
+from compand.eval.metrics import METRICS, Metric, for_medium
 from compand.eval.provenance import provenance
 from compand.eval.published import TITLES, is_kodak, kodak
 from compand.eval.runner import example_folders, measure_all
@@ -43,6 +43,7 @@ BD_METRICS = {"image": ("psnr", "ms_ssim"), "audio": ("visqol", "pesq", "log_mel
 codecs that do not keep the waveform."""
 
 PUBLISHED_ANCHOR = "vtm"
+NOT_KODAK = "they are means over the 24 Kodak images, which these items are not"
 SHOWN_PROBLEMS = 20
 
 
@@ -76,11 +77,10 @@ def run(options: Options) -> int:
         CompandError: measuring cannot start.
     """
     subjects.load_plugins(options.plugins)
-    items, problems = find_items(options.data, options.medium)
-    out = options.output.resolve()
-    items = [item for item in items if out not in item.path.resolve().parents]
-    if not items:
-        raise UsageError(f"{out} holds all items: choose another -o")
+    out, data = options.output.resolve(), options.data.resolve()
+    if out == data or out in data.parents:
+        raise UsageError(f"{options.output} holds all items: choose another -o")
+    items, problems = find_items(options.data, options.medium, exclude=out)
     medium = items[0].medium
     chosen = select(options.codecs, options.qualities, medium)
     metrics, notices = for_medium(medium, options.metrics)
@@ -89,8 +89,9 @@ def run(options: Options) -> int:
     if not metrics:
         raise UsageError(f"no metric for {medium} is left: {'; '.join(notices)}")
     readable, hashes, unreadable = hashed(items)
-    overlay = published_curves(options.published, [item.name for item in items])
-    anchor = _anchor(options.anchor, chosen, medium, overlay)
+    overlay = published_curves(options.published, [item.name for item in items], medium)
+    names = [subjects.find(source, medium).name for source in chosen]
+    anchor = _anchor(options.anchor, names, medium, overlay, comparable=is_kodak(hashes))
     description = {
         "kind": "rd",
         "medium": medium,
@@ -112,7 +113,9 @@ def run(options: Options) -> int:
             example_items=options.examples,
             quiet=options.quiet,
         )
-        summary = summarise(store, metrics, anchor, overlay, problems, notices)
+        metrics = [metric for metric in METRICS if metric.name in store.description["metrics"]]
+        selected = dict(zip(names, chosen.values(), strict=True))
+        summary = summarise(store, metrics, anchor, overlay, problems, notices, selected)
         summary["examples"] = kept_examples(options.output, readable, options.examples)
         written = write_results(store, summary, provenance(summary["data"]))
         written += write_page(store)
@@ -131,7 +134,7 @@ def hashed(items: Sequence[Item]) -> tuple[list[Item], dict[str, str], list[Prob
         try:
             hashes[item.name] = content_hash(item)
         except MediaError as error:
-            problems.append(Problem(item.name, "", None, files.explain(error, item.name)))
+            problems.append(Problem(item.name, "", None, reason(error, item)))
     if not hashes:
         raise UsageError(f"no item can be read, {problems[0].message}")
     return [item for item in items if item.name in hashes], hashes, problems
@@ -140,19 +143,22 @@ def hashed(items: Sequence[Item]) -> tuple[list[Item], dict[str, str], list[Prob
 # ------------------------------------------------------------------------------------------------ summary
 
 
-def published_curves(wanted: str, items: Sequence[str]) -> dict[str, dict[str, Curve]]:
+def published_curves(wanted: str, items: Sequence[str], medium: str) -> dict[str, dict[str, Curve]]:
     """Published curves that belong beside the items, by metric and codec.
 
     Args:
-        wanted: "auto" (on the 24 Kodak images, by their names), "kodak" (always) or "none".
+        wanted: "auto" (on the 24 Kodak images, by their names), "kodak" (on all images) or "none".
         items: names of the items.
+        medium: of the items.
 
     Raises:
-        UsageError: another word.
+        UsageError: another word, or "kodak" for sounds.
     """
     if wanted not in ("auto", "kodak", "none"):
         raise UsageError(f"--published {wanted} does not exist: choose auto, kodak or none")
-    if wanted == "none" or (wanted == "auto" and not is_kodak(items)):
+    if wanted == "kodak" and medium != "image":
+        raise UsageError(f"--published kodak has no curves for {medium}: leave it out")
+    if wanted == "none" or medium != "image" or (wanted == "auto" and not is_kodak(items)):
         return {}
     return {
         metric: {name: found.curve for name, found in kodak(metric).items() if name in TITLES}
@@ -167,6 +173,7 @@ def summarise(
     overlay: Mapping[str, Mapping[str, Curve]],
     problems: Sequence[Problem],
     notices: Sequence[str],
+    selected: Mapping[str, Collection[float]] | None = None,
 ) -> dict[str, Any]:
     """What plots and the page are drawn from; README.md documents it.
 
@@ -176,11 +183,16 @@ def summarise(
         anchor: what Bjontegaard deltas are against; None: there is nothing to compare with.
         overlay: what `published_curves` returned.
         problems, notices: go into the summary as they are.
+        selected: qualities of this run by codec, as `counted_rows` takes them.
     """
-    rows, medium = store.rows(), store.description["medium"]
+    medium = store.description["medium"]
     names = [metric.name for metric in metrics]
-    codecs, left_out = summary_codecs(store, names)
-    comparison = _Comparison(rows, codecs, overlay, medium, len(store.description["items"]))
+    rows, left_out = counted_rows(store, selected)
+    codecs, fewer = summary_codecs(store, names, rows)
+    comparison = _Comparison(rows, codecs, overlay, medium, store.description["items"])
+    notices = [*notices, *left_out, *fewer]
+    if overlay and not comparison.comparable:
+        notices.append(f"published curves are drawn, and not compared with: {NOT_KODAK}")
     codecs |= published_entries(overlay, codecs, names)
     deltas = [
         comparison.deltas(anchor, metric)
@@ -202,7 +214,7 @@ def summarise(
         "bd": deltas[0] if deltas else None,
         "bd_others": deltas[1:],
         "problems": [problem._asdict() for problem in problems],
-        "notices": [*notices, *left_out, *row_notices(rows), *comparison.reproductions()],
+        "notices": [*notices, *row_notices(store.rows()), *comparison.reproductions()],
     }
 
 
@@ -241,13 +253,14 @@ class _Comparison:
         codecs: Mapping[str, Mapping[str, Any]],
         overlay: Mapping[str, Mapping[str, Curve]],
         medium: str,
-        count: int,
+        items: Collection[str],
     ) -> None:
         self._rows = {name: [row for row in rows if row["codec"] == name] for name in codecs}
         self._titles = {name: codec["title"] for name, codec in codecs.items()}
         self._overlay = overlay
         self._rate = RATES[medium]
-        self._count = count
+        self._count = len(items)
+        self.comparable = is_kodak(items)
 
     def deltas(self, anchor: str, metric: Metric) -> dict[str, Any]:
         """All deltas against one codec; BD-rate in percent, BD-quality in the metric's unit (MS-SSIM: dB)."""
@@ -255,7 +268,7 @@ class _Comparison:
         others += [
             name if name not in self._rows else f"{name}-published"
             for name in self._overlay.get(metric.name, ())
-            if name != anchor or name in self._rows
+            if self.comparable and (name != anchor or name in self._rows)
         ]
         return {
             "anchor": anchor,
@@ -278,6 +291,8 @@ class _Comparison:
     def _curves(self, anchor: str, name: str, metric: Metric) -> tuple[Curve, Curve]:
         """Both curves on the items that both have. Raises UsageError where there are none."""
         measured = [each for each in (anchor, name) if each in self._rows]
+        if len(measured) < 2 and not self.comparable:
+            raise UsageError(NOT_KODAK)
         items = [set(complete_items(self._rows[each], metric.name).get(each, ())) for each in measured]
         common = set.intersection(*items) if items else set()
         if measured and not common:
@@ -291,7 +306,10 @@ class _Comparison:
             points = mean_points(self._rows[name], metric.name, items)[name]
             pairs: Iterable[tuple[float, float]] = [(point.rate, point.value) for point in points]
         else:
-            curve = self._overlay[metric.name].get(name.removesuffix("-published"), Curve((), ()))
+            published = self._overlay.get(metric.name, {})
+            curve = published.get(name) or published.get(name.removesuffix("-published"))
+            if curve is None:
+                raise UsageError(f"{TITLES.get(name, name)} has no published {metric.title}")
             pairs = zip(curve.rate, curve.quality, strict=True)
         pairs = sorted((rate, _growing(metric, value)) for rate, value in pairs)
         finite = [pair for pair in pairs if math.isfinite(pair[1])]
@@ -303,7 +321,7 @@ class _Comparison:
     def reproductions(self) -> list[str]:
         """How far measured curves lie from those that others published for the same codec."""
         sentences = []
-        for name, curve in self._overlay.get("psnr", {}).items():
+        for name, curve in self._overlay.get("psnr", {}).items() if self.comparable else ():
             if len(complete_items(self._rows.get(name, ()), "psnr").get(name, ())) != self._count:
                 continue
             points = [
@@ -330,14 +348,27 @@ def _growing(metric: Metric, value: float) -> float:
 
 
 def _anchor(
-    wanted: str | None, chosen: Iterable[str], medium: str, overlay: Mapping[str, Mapping[str, Curve]]
+    wanted: str | None,
+    names: Sequence[str],
+    medium: str,
+    overlay: Mapping[str, Mapping[str, Curve]],
+    *,
+    comparable: bool,
 ) -> str | None:
-    """Name of the codec that Bjontegaard deltas are against. Raises UsageError if the one wanted is not there."""
-    names = [subjects.find(source, medium).name for source in chosen]
+    """Name of the codec that Bjontegaard deltas are against. Raises UsageError if the one wanted is not there.
+
+    Args:
+        wanted: what was asked for.
+        names: of the codecs that are measured.
+        medium: of the items.
+        overlay: published curves.
+        comparable: whether the items are those of the published curves.
+    """
     if wanted is None:
-        candidates = [PUBLISHED_ANCHOR] if overlay else []
-        candidates += [name for name in (DEFAULT_ANCHORS[medium], *names) if name in names]
-        return candidates[0] if len(names) > 1 or overlay else None
+        if overlay and comparable:
+            return PUBLISHED_ANCHOR
+        candidates = [name for name in (DEFAULT_ANCHORS[medium], *names) if name in names]
+        return candidates[0] if len(names) > 1 else None
     if wanted in names or wanted in overlay.get("psnr", ()):
         return wanted
     found = subjects.find(wanted, medium).name
@@ -422,7 +453,9 @@ def deltas_table(summary: Mapping[str, Any]) -> str:
     """Bjontegaard deltas as text, with the overlap that they are means over."""
     bd = summary["bd"]
     title = next(metric["title"] for metric in summary["metrics"] if metric["name"] == bd["metric"])
-    anchor = summary["codecs"][bd["anchor"]]
+    # A published anchor without a curve of this metric is no codec of the summary.
+    missing = {"title": TITLES.get(bd["anchor"], bd["anchor"]), "published": True}
+    anchor = summary["codecs"].get(bd["anchor"], missing)
     name = anchor["title"] + (" (published)" if anchor["published"] else "")
     head = [f"AGAINST {name}", "BD-RATE", f"BD-{title}", f"OVER {title}"]
     rows = []

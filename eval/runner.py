@@ -23,10 +23,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 from compand import files
-from compand.errors import CompandError, MediaError
+from compand.errors import CompandError, MediaError, UsageError
 from compand.eval import subjects as known
 from compand.eval.decoder import Decoder
-from compand.eval.items import Item, Problem, Signal, load
+from compand.eval.items import Item, Problem, Signal, load, reason
 from compand.eval.measurements import (
     Key,
     Row,
@@ -35,7 +35,8 @@ from compand.eval.measurements import (
     kilobits_per_second,
     row_problems,
 )
-from compand.eval.metrics import measure
+from compand.eval.metrics import for_medium, measure
+from compand.eval.provenance import provenance
 from compand.eval.subjects import Subject
 from compand.pictures import Picture
 
@@ -112,7 +113,9 @@ def measure_all(
     Args:
         items: of one medium.
         subjects: qualities by codec, as `compand.eval.subjects.find` takes it.
-        metrics: columns to be measured. Where an item is unfit for one, the column is None and a problem says why.
+        metrics: columns that a row must have to count as measured. Rows that are made now have those of the whole run
+            (earlier calls for the same store included), as far as they can be computed here. Where an item is unfit for
+            one, the column is None and a problem says why; where a metric fails otherwise, there is no such column.
         store: where rows go, and where they are looked for.
         jobs: worker processes; None: as many as there are cores.
         plugins: modules that register codecs and anchors, imported in every process.
@@ -148,10 +151,13 @@ def measure_all(
                 place = examples / kept[item.name] if examples and item.name in kept else None
                 units.append(Unit(item, source, subject.name, left, place))
     jobs = max(1, min(jobs or cores(), len(units)))
+    # A row replaces the one before it: it must not have less.
+    together = list(dict.fromkeys([*store.description["metrics"], *metrics]))
+    columns = [metric.name for metric in for_medium(medium, together)[0]] if units else []
     problems: dict[Problem, None] = {}
     with tempfile.TemporaryDirectory(prefix="compand-eval-", ignore_cleanup_errors=True) as folder:
         setup = Setup(
-            tuple(metrics), tuple(plugins), judge_factory, loader, max(1, cores() // jobs), Path(folder)
+            tuple(columns), tuple(plugins), judge_factory, loader, max(1, cores() // jobs), Path(folder)
         )
         with (
             _progress(sum(len(unit.qualities) for unit in units), shown=not quiet) as advance,
@@ -159,7 +165,9 @@ def measure_all(
         ):
             for message, done in messages:
                 if isinstance(message, dict):
-                    store.append(message)
+                    if not store.measured:  # from the first row on, so that a killed run is on record too
+                        store.add_origin(provenance(f"{len(items)} items of {store.description['data']}"))
+                    store.append(message, columns)
                 elif isinstance(message, Problem):
                     problems[message] = None
                 elif isinstance(message, Unable):
@@ -366,18 +374,18 @@ class _Measurer:
             if unit.examples is not None:
                 _keep(original, unit.examples / "original")
         except Exception as error:
-            yield Problem(item.name, "", None, files.explain(error, item.name))
+            yield Problem(item.name, "", None, reason(error, item))
             return
         try:
             subject = self._subject(unit.source, item.medium)
         except Exception as error:
-            yield Problem(item.name, unit.codec, None, files.explain(error, unit.codec))
+            yield Problem(item.name, unit.codec, None, reason(error, item))
             return
         for quality in unit.qualities:
             try:
                 yield self._measure(item, original, subject, quality, unit.examples)
             except Exception as error:
-                yield Problem(item.name, subject.name, quality, files.explain(error, item.name))
+                yield Problem(item.name, subject.name, quality, reason(error, item))
 
     def _subject(self, source: str, medium: str) -> Subject:
         if (source, medium) not in self._subjects:
@@ -408,15 +416,16 @@ class _Measurer:
         row |= {"encode_seconds": encode_seconds, "decode_seconds": decode_seconds}
         problems = []
         for metric in self._setup.metrics:
-            value: float | None = None
             try:
                 value = float(measure(metric, original, decoded))
+                row[metric] = None if math.isnan(value) else value
                 if math.isnan(value):
-                    value = None
                     problems.append(f"{item.name}: {metric} is not a number")
-            except Exception as error:  # an item may be unfit for one metric and right for the others
-                problems.append(files.explain(error, item.name))
-            row[metric] = value
+            except UsageError as error:  # an item may be unfit for one metric and right for the others
+                row[metric] = None
+                problems.append(reason(error, item))
+            except Exception as error:  # no column: a continued run measures it again
+                problems.append(reason(error, item))
         if self._judge is not None:
             row |= self._judge(item.name, decoded)
         if original.notes:

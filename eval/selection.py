@@ -21,8 +21,8 @@ def select(codecs: Sequence[str] | None, qualities: str | None, medium: str) -> 
         Qualities, ascending, by what `compand.eval.subjects.find` takes in any process.
 
     Raises:
-        UsageError: a codec does not exist, is given twice or codes another medium; qualities cannot be read, or name
-            a codec that is not chosen.
+        UsageError: a codec does not exist, is given twice or codes another medium; qualities cannot be read, name a
+            codec that is not chosen, or are none of the codec's.
     """
     chosen = {}
     for name in codecs if codecs is not None else subjects.names(medium):
@@ -38,11 +38,13 @@ def select(codecs: Sequence[str] | None, qualities: str | None, medium: str) -> 
     unknown = ", ".join(named.keys() - chosen)
     if unknown:
         raise UsageError(f"--qualities names {unknown}, not among the codecs chosen: {', '.join(chosen)}")
-    return {
-        subject.source: named.get(name)
-        or (common if common and subject.kind == "compand" else subject.qualities)
-        for name, subject in chosen.items()
-    }
+    selected = {}
+    for name, subject in chosen.items():
+        values = named.get(name) or (common if subject.kind == "compand" else None)
+        for quality in values or ():
+            subject.check_quality(quality)  # once and now, not as a problem of every item
+        selected[subject.source] = values or subject.qualities
+    return selected
 
 
 def _parsed(text: str | None) -> dict[str, tuple[float, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -30,6 +31,8 @@ class Subject(ABC):
             library, version and settings.
         settings_note: one sentence on library, version and settings.
         qualities: default qualities in ascending order of rate.
+        lowest, highest: range of the quality, as far as it is known before coding.
+        whole: whether qualities are whole numbers.
         suffix: extension of its files.
         listed: whether `names` gives it; others must be asked for by name.
         source: the argument of `find` that gives the subject again, in another process too.
@@ -42,6 +45,9 @@ class Subject(ABC):
     identity: str
     settings_note: str
     qualities: tuple[float, ...]
+    lowest: float = -math.inf
+    highest: float = math.inf
+    whole: bool = False
     suffix: str
     listed: bool = True
 
@@ -76,10 +82,13 @@ class Subject(ABC):
         """
         return 0
 
-    def check_quality(self, quality: float, low: float, high: float) -> None:
-        """Raises UsageError for a quality outside [low, high]."""
-        if not low <= quality <= high:
-            raise UsageError(f"{self.name} has no quality {quality:g}: choose {low:g} to {high:g}")
+    def check_quality(self, quality: float) -> None:
+        """Raises UsageError for a quality that the codec is known not to have."""
+        if not self.lowest <= quality <= self.highest:
+            choice = f"choose {self.lowest:g} to {self.highest:g}"
+            raise UsageError(f"{self.name} has no quality {quality:g}: {choice}")
+        if self.whole and quality != int(quality):
+            raise UsageError(f"{self.name} has no quality {quality:g}: choose a whole number")
 
 
 class CompandSubject(Subject):
@@ -98,8 +107,8 @@ class CompandSubject(Subject):
         self.name = self.title = info.name
         self.medium = info.medium
         self.identity = info.weights.hex()
-        low, high = info.qualities
-        self.qualities = tuple(float(quality) for quality in range(int(low), int(high) + 1))
+        self.lowest, self.highest = info.qualities
+        self.qualities = tuple(map(float, range(int(self.lowest), int(self.highest) + 1)))
         size = f"{info.parameters / 1e6:.2f} M parameters, {info.size / 1e6:.2f} MB"
         self.settings_note = f"{info.description} ({info.codec}), checkpoint of {size}; quality is its level."
         self._info = info

@@ -25,10 +25,10 @@ from compand.eval.perception.tasks.separation import (
     RATE,
     SECONDS,
     Samples,
-    Separation,
     draw,
     find_samples,
     mix,
+    mixture_of,
     play,
     read_samples,
     si_sdr,
@@ -38,6 +38,9 @@ from compand.train.decoded import decoded_items
 from compand.train.instruments import drum, note
 from compand.train.optim import MuonAdam
 from compand.train.tasks import TaskTraining
+
+VALIDATION_SEED = 20252
+"""Of the mixtures that the training of a separator is watched on."""
 
 CLASSIFICATIONS: dict[str, type[Keywords] | type[Digits]] = {"keywords": Keywords, "digits": Digits}
 """The tasks that `SoundClassification` and `Utterances` know."""
@@ -157,8 +160,11 @@ class Utterances(pl.LightningDataModule):
         batch_size: items a batch.
         speed: largest change of speed in training, as a factor.
         codec, quality: if given, train on recordings that were coded and decoded so.
-        held_out_speaker: train without this speaker of the digits and validate on all takes of theirs.
+        held_out_speaker: train without this speaker of the digits, validate and score on all takes of theirs.
         seed: seed of order and variations.
+
+    Attributes:
+        scored: what the finished model is scored on: the items, and a text for its card; None, the task's own items.
     """
 
     def __init__(
@@ -180,6 +186,7 @@ class Utterances(pl.LightningDataModule):
         self.root, self.task, self.batch_size, self.speed = Path(root), task, batch_size, speed
         self.codec, self.quality, self.seed = codec, quality, seed
         self.held_out_speaker = held_out_speaker
+        self.scored: tuple[list[TaskItem], str] | None = None
         self._train: tuple[Tensor, Tensor] | None = None
         self._validation: tuple[Tensor, Tensor] | None = None
 
@@ -196,6 +203,9 @@ class Utterances(pl.LightningDataModule):
             if not held_out or not train:
                 known = ", ".join(sorted({_speaker(item) for item in everything}))
                 raise UsageError(f"no recordings of speaker {self.held_out_speaker}: known are {known}")
+            # The task's own items have speakers who were trained on.
+            takes = f"undamaged takes of speaker {self.held_out_speaker}, who was held out of training"
+            self.scored = held_out, takes
         self._train, self._validation = self._read(train, self.codec), self._read(held_out, None)
 
     def _read(self, items: Sequence[TaskItem], codec: str | None) -> tuple[Tensor, Tensor]:
@@ -350,7 +360,8 @@ class Mixtures(pl.LightningDataModule):
         root: folder with samples named like those of Sonic Pi.
         batch_size: mixtures a batch.
         synthetic: number of synthetic drums, and of notes, that are played as often as the folder's samples.
-        validation: how many of the test mixtures are separated now and then, to watch the training.
+        validation: how many mixtures of samples that neither training nor test plays are separated now and then, to
+            watch the training.
         codec, quality: if given, train on mixtures that were coded and decoded so, a fixed set of them.
         coded: size of that set.
         seed: seed of what is played.
@@ -406,8 +417,11 @@ class Mixtures(pl.LightningDataModule):
         return DataLoader(dataset, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        task = Separation(self.root)
-        sources: Any = [torch.from_numpy(task.sources(item)) for item in task.items()[: self.validation]]
+        samples = read_samples(find_samples(self.root, "validation"))
+        sources: Any = [
+            torch.from_numpy(mixture_of(samples, VALIDATION_SEED, number))
+            for number in range(self.validation)
+        ]
         return DataLoader(sources, batch_size=1)
 
 

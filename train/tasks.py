@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compand.eval import subjects
 from compand.eval.perception.models import TaskNetwork, load_model, save_model
 from compand.eval.perception.task import find
 from compand.weights import check_new
@@ -22,7 +23,8 @@ class TaskTraining(pl.LightningModule):
     """Trains a task network with SGD and writes it, with averaged weights if the run keeps them, as a reference model.
 
     A subclass says what the loss of a batch is. The data module has the attributes `root` (the folder that the task
-    takes), `codec` and `quality` (None for undamaged items).
+    takes), `codec` and `quality` (None for undamaged items). It may have `scored`: the items to score the finished
+    model on in place of the task's, and a text that says which they are; None if there are none.
 
     Args:
         network: the network to train.
@@ -107,19 +109,22 @@ class TaskTraining(pl.LightningModule):
         if not self.trainer.is_global_zero:
             return
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        trained_on = {"codec": data.codec, "quality": data.quality} if data.codec is not None else None
         task = find(self.task)(Path(data.root))
+        trained_on = None
+        if data.codec is not None:
+            # By its full name: "hyperprior" may be another version when the model is evaluated.
+            codec = subjects.find(data.codec, task.medium).name
+            trained_on = {"codec": codec, "quality": data.quality}
         save_model(self.network, self.output, task=self.task, labels=task.labels, trained_on=trained_on)
         # Measured as it was stored, in the way in which `compand eval perception` measures its baseline.
         model = load_model(self.output, str(self.device))
-        outcomes = [task.outcome(model, task.load(item), item) for item in task.items()]
+        items, which = getattr(data, "scored", None) or (task.items(), "undamaged test items")
+        outcomes = [task.outcome(model, task.load(item), item) for item in items]
         score = float(task.score(np.sum(outcomes, axis=0)))
-        self._write_card(task.score_name, score, trained_on)
-        print(
-            f"trained: {self.output}; {task.score_name} {score:.4f} on {len(outcomes)} undamaged test items"
-        )
+        self._write_card(f"{task.score_name} on the {len(outcomes)} {which}: {score:.4f}", trained_on)
+        print(f"trained: {self.output}; {task.score_name} {score:.4f} on {len(outcomes)} {which}")
 
-    def _write_card(self, score_name: str, score: float, trained_on: dict[str, Any] | None) -> None:
+    def _write_card(self, scored: str, trained_on: dict[str, Any] | None) -> None:
         items = "undamaged items"
         if trained_on is not None:
             items = f"items decoded from {trained_on['codec']} at quality {trained_on['quality']:g}"
@@ -127,7 +132,7 @@ class TaskTraining(pl.LightningModule):
             f"# {self.output.name}\n\n"
             f"- task: {self.task}\n"
             f"- training: {self.global_step} steps, {self._elapsed / 60:.1f} minutes, on {items}\n"
-            f"- {score_name} on the undamaged test items: {score:.4f}\n"
+            f"- {scored}\n"
             "- data:\n- hardware:\n- command:\n- licence:\n",
             encoding="utf-8",
         )

@@ -33,7 +33,6 @@ class _SoundfileSubject(Subject):
     Attributes:
         container, subtype: libsndfile's names of the format.
         settings: one clause on the fixed settings and on what the quality is.
-        lowest, highest: range of the quality.
         rates: sample rates of the format in ascending order; empty where it takes any.
     """
 
@@ -57,7 +56,7 @@ class _SoundfileSubject(Subject):
         """Arguments of `soundfile.write`."""
 
     def encode(self, signal: Signal, quality: float) -> bytes:
-        self.check_quality(quality, self.lowest, self.highest)
+        self.check_quality(quality)
         sound = _sound(signal)
         rate = sound.rate
         if self.rates and rate not in self.rates:
@@ -187,9 +186,11 @@ class Flac(_SoundfileSubject):
     qualities = (16.0,)
     lowest, highest = 16.0, 24.0
 
-    def options(self, quality: float) -> dict[str, Any]:
+    def check_quality(self, quality: float) -> None:
         if quality not in (16, 24):
             raise UsageError(f"{self.name} has no quality {quality:g}: choose 16 or 24")
+
+    def options(self, quality: float) -> dict[str, Any]:
         return {"subtype": f"PCM_{quality:g}", "compression_level": 1.0}
 
 
@@ -202,10 +203,11 @@ class AudioIdentity(Subject):
     identity = "raw float32 1"
     settings_note = "Raw 32-bit floating-point samples behind a header of 8 bytes; its only quality is 1."
     qualities = (1.0,)
+    lowest = highest = 1.0
     _header = struct.Struct("<II")  # channels, rate
 
     def encode(self, signal: Signal, quality: float) -> bytes:
-        self.check_quality(quality, 1, 1)
+        self.check_quality(quality)
         sound = _sound(signal)
         return self._header.pack(sound.channels, sound.rate) + sound.samples.astype("<f4").tobytes()
 

@@ -29,7 +29,6 @@ class _PillowSubject(Subject):
         pillow_format: Pillow's name of the format.
         library: the library behind it, with its version.
         settings: one clause on the fixed settings.
-        lowest, highest: range of the quality.
     """
 
     medium = "image"
@@ -49,7 +48,7 @@ class _PillowSubject(Subject):
         """Arguments of `Image.save`."""
 
     def encode(self, signal: Signal, quality: float) -> bytes:
-        self.check_quality(quality, self.lowest, self.highest)
+        self.check_quality(quality)
         stream = io.BytesIO()
         try:
             image = Image.fromarray(to_rgb(_picture(signal)).pixels)
@@ -81,6 +80,7 @@ class Jpeg(_PillowSubject):
     settings = "baseline, standard Huffman tables, chroma 4:2:0; quality is libjpeg's, 1 to 100"
     qualities = (5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 95.0)
     lowest = 1.0
+    whole = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Jpeg(_PillowSubject):
         )
 
     def options(self, quality: float) -> dict[str, Any]:
-        return {"quality": round(quality), "subsampling": "4:2:0"}
+        return {"quality": int(quality), "subsampling": "4:2:0"}
 
 
 class Jpeg9(Subject):
@@ -99,6 +99,7 @@ class Jpeg9(Subject):
     medium = "image"
     kind = "classical"
     qualities = Jpeg.qualities
+    lowest, highest, whole = 1.0, 100.0, True
     listed = False
     settings_note = f"libjpeg 9d, through jpeglib; {Jpeg.settings}."
     identity = f"libjpeg 9d, {Jpeg.settings}"
@@ -106,12 +107,12 @@ class Jpeg9(Subject):
     def encode(self, signal: Signal, quality: float) -> bytes:
         import jpeglib
 
-        self.check_quality(quality, 1, 100)
+        self.check_quality(quality)
         with tempfile.TemporaryDirectory() as folder, jpeglib.version("9d"):
             path = Path(folder, "picture.jpg")
             image = jpeglib.from_spatial(np.ascontiguousarray(to_rgb(_picture(signal)).pixels))
             image.samp_factor = "4:2:0"
-            image.write_spatial(str(path), qt=round(quality))
+            image.write_spatial(str(path), qt=int(quality))
             return path.read_bytes()
 
     def decode(self, data: bytes) -> Signal:
@@ -149,9 +150,10 @@ class Avif(_PillowSubject):
     library = f"libavif {features.version('avif')}"
     settings = "speed 6, chroma 4:2:0, one thread; quality is libavif's, 0 to 100"
     qualities = (10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 95.0)
+    whole = True
 
     def options(self, quality: float) -> dict[str, Any]:
-        return {"quality": round(quality), "speed": 6, "subsampling": "4:2:0", "max_threads": 1}
+        return {"quality": int(quality), "speed": 6, "subsampling": "4:2:0", "max_threads": 1}
 
 
 class Jpeg2000(_PillowSubject):
@@ -177,6 +179,7 @@ class JpegXl(_PillowSubject):
     pillow_format = "JXL"
     settings = "VarDCT, effort 7, one thread; quality is cjxl's, 0 to 100"
     qualities = (10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0, 95.0)
+    whole = True
 
     def __init__(self) -> None:
         importlib.import_module("pillow_jxl")  # registers the format with Pillow
@@ -184,7 +187,7 @@ class JpegXl(_PillowSubject):
         super().__init__()
 
     def options(self, quality: float) -> dict[str, Any]:
-        return {"quality": round(quality), "effort": 7, "lossless": False, "num_threads": 1}
+        return {"quality": int(quality), "effort": 7, "lossless": False, "num_threads": 1}
 
 
 class Png(_PillowSubject):
@@ -197,9 +200,10 @@ class Png(_PillowSubject):
     settings = "lossless; quality is zlib's level, 0 to 9"
     qualities = (9.0,)
     highest = 9.0
+    whole = True
 
     def options(self, quality: float) -> dict[str, Any]:
-        return {"compress_level": round(quality)}
+        return {"compress_level": int(quality)}
 
 
 class ImageIdentity(Subject):
@@ -211,10 +215,11 @@ class ImageIdentity(Subject):
     identity = "raw RGB 1"
     settings_note = "Raw 8-bit RGB behind a header of 8 bytes; its only quality is 1."
     qualities = (1.0,)
+    lowest = highest = 1.0
     _header = struct.Struct("<II")  # height, width
 
     def encode(self, signal: Signal, quality: float) -> bytes:
-        self.check_quality(quality, 1, 1)
+        self.check_quality(quality)
         pixels = to_rgb(_picture(signal)).pixels
         return self._header.pack(*pixels.shape[:2]) + pixels.tobytes()
 

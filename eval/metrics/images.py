@@ -238,7 +238,7 @@ def _obtain(backbone: Backbone) -> str:
             return ""
         except (OSError, ValueError) as error:
             fact = f"fails ({error})"
-    place = f"save {backbone.url} in {path.parent}"
+    place = f"save {backbone.url} in the checkpoints folder of torch's hub folder"
     return f"its {backbone.name} weights are not here and {address.hostname} {fact}; {place}"
 
 

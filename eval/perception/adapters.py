@@ -292,7 +292,7 @@ def _transformers(request: _Request) -> _Answerer:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(request.name)
+    config = transformers.AutoConfig.from_pretrained(request.name, trust_remote_code=False)
     if request.kind == "recogniser":
         return _transformers_recogniser(request, config)
     segmenting = request.kind == "segmenter"
@@ -301,9 +301,13 @@ def _transformers(request: _Request) -> _Answerer:
         if segmenting
         else transformers.AutoModelForImageClassification
     )
-    network = family.from_config(config) if request.random else family.from_pretrained(request.name)
+    network = (
+        family.from_config(config)
+        if request.random
+        else family.from_pretrained(request.name, trust_remote_code=False)
+    )
     network.eval().to(request.device)
-    processor = transformers.AutoImageProcessor.from_pretrained(request.name)
+    processor = transformers.AutoImageProcessor.from_pretrained(request.name, trust_remote_code=False)
 
     def logits_of(pixels: UInt8Array) -> Tensor:
         batch = processor(images=pixels, input_data_format="channels_last", return_tensors="pt")
@@ -321,9 +325,13 @@ def _transformers_recogniser(request: _Request, config: Any) -> _Answerer:
         name.endswith("ForCTC") for name in config.architectures or ()
     )
     family = transformers.AutoModelForSpeechSeq2Seq if sequence else transformers.AutoModelForCTC
-    network = family.from_config(config) if request.random else family.from_pretrained(request.name)
+    network = (
+        family.from_config(config)
+        if request.random
+        else family.from_pretrained(request.name, trust_remote_code=False)
+    )
     network.eval().to(request.device)
-    processor = transformers.AutoProcessor.from_pretrained(request.name)
+    processor = transformers.AutoProcessor.from_pretrained(request.name, trust_remote_code=False)
     rate = processor.feature_extractor.sampling_rate
     # The words of the tasks are English, and one word is too little to guess a language from.
     multilingual = getattr(getattr(network, "generation_config", None), "is_multilingual", False)

@@ -211,13 +211,23 @@ def read_info(folder: Path) -> ModelInfo:
 
 
 def available(task: str | None = None) -> list[ModelInfo]:
-    """The reference models that ship with compand, or those of one task, by name and version."""
+    """The reference models that ship with compand, or those of one task, by name and version.
+
+    Raises CheckpointError if a config.json among the shipped ones cannot be read.
+    """
     import compand.checkpoints
 
     found = []
     for root in compand.checkpoints.__path__:
         for path in Path(root).glob("*-v*/config.json"):
-            if "task" in json.loads(path.read_text(encoding="utf-8")):
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(
+                    f"{path} cannot be read ({error}): restore or remove its folder"
+                ) from None
+            # One of another type or without a task is a codec's: `compand.checkpoint` judges it.
+            if isinstance(config, dict) and "task" in config:
                 found.append(read_info(path.parent))
     chosen = [info for info in found if task in (None, info.task)]
     return sorted(chosen, key=lambda info: (info.name.rpartition("-v")[0], info.version))

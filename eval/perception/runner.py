@@ -27,7 +27,7 @@ from compand.eval.measurements import EXAMPLES, RATES, Store, row_notices, write
 from compand.eval.metrics import Metric, for_medium
 from compand.eval.perception import adapters
 from compand.eval.perception import task as tasks
-from compand.eval.perception.summary import TrainedOn, column, summarise
+from compand.eval.perception.summary import NoCommonItemsError, TrainedOn, column, summarise
 from compand.eval.perception.task import Task, TaskItem, TaskModel
 from compand.eval.provenance import provenance
 from compand.eval.rd import kept_examples, report_problems, write_page
@@ -76,14 +76,14 @@ def run(options: Options) -> int:
     models = factory.models()
     chosen = select(options.codecs, options.qualities, task.medium)
     metrics, notices = for_medium(task.medium, options.metrics)
-    notices += _model_notices(models)
+    notices += [*_model_notices(models), *_item_notices(task, items)]
     if options.codecs is None:
         notices += [
             f"{name} is left out: {why}" for name, (kind, why) in MISSING.items() if kind == task.medium
         ]
     hashes, problems = _hashed(task, items)
     readable = [item.item for item in items if item.name in hashes]
-    description = {
+    description: dict[str, Any] = {
         "kind": "perception",
         "medium": task.medium,
         "task": task.name,
@@ -93,6 +93,11 @@ def run(options: Options) -> int:
         "metrics": [metric.name for metric in metrics],
         "plugins": list(options.plugins),
     }
+    # What says nothing new is left out, so that runs from before these were described go on.
+    if options.device != "cpu":
+        description["device"] = options.device
+    if task.version:
+        description["task_version"] = task.version
     with Store.open(options.output, description, force=options.force) as store:
         problems += measure_all(
             readable,
@@ -108,9 +113,22 @@ def run(options: Options) -> int:
             quiet=options.quiet,
         )
         rows = store.rows()
-        codecs, perception, left_out = summarise(
-            task, list(hashes), rows, store.codecs, metrics, models[0].name, _trained_on(models[1:])
-        )
+        try:
+            codecs, perception, left_out = summarise(
+                task,
+                list(hashes),
+                rows,
+                store.codecs,
+                metrics,
+                models[0].name,
+                _trained_on(models[1:]),
+                {item.name: task.group(item) for item in items},
+            )
+        except NoCommonItemsError as error:
+            print(f"compand: {error}", file=sys.stderr)
+            report_problems([problem._asdict() for problem in problems])
+            return 1
+        perception["model_identity"] = models[0].identity
         data = f"{len(hashes)} items of {description['data']}"
         summary = {
             "kind": "perception",
@@ -151,6 +169,17 @@ def _model_notices(models: Sequence[TaskModel]) -> list[str]:
         notices.append(
             f"{models[0].name} was itself trained on decoded items "
             f"({trained_on['codec']} q{trained_on['quality']:g}): scores favor that codec"
+        )
+    return notices
+
+
+def _item_notices(task: Task, items: Sequence[TaskItem]) -> list[str]:
+    """What a reader of the scores should know of the items."""
+    notices = list(task.caveats)
+    below = {folder for item in items for folder in item.name.split("/")[:-1]}
+    if "train" in {task.data.resolve().name, *below}:
+        notices.append(
+            "items of a folder named train are judged: scores on training items say little of others"
         )
     return notices
 

@@ -8,7 +8,7 @@ quantity of one evaluation uses the same samples: differences between codecs are
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ _BLOCK = 128  # samples whose weights are held in float64 at a time
 
 
 class Interval(NamedTuple):
-    """An estimate with its 95 % percentile-bootstrap interval over items (Efron 1979)."""
+    """An estimate with its 95 % interval over items: percentile bootstrap (Efron 1979) where nothing else is said."""
 
     value: float
     low: float
@@ -49,22 +49,42 @@ class Comparison(NamedTuple):
 class Bootstrap:
     """Samples of items, drawn with replacement; the same for all that is computed with one object.
 
+    Items that belong together are drawn together: a sample has as many groups as there are.
+
     Attributes:
         items: number of items n.
+        grouped: whether a group holds more than one item.
         samples: number of samples B.
     """
 
-    def __init__(self, items: int, samples: int | None = None, seed: int = 0) -> None:
-        """samples: None for `SAMPLES`, and fewer of more than 10,000 items. Raises UsageError without items."""
+    def __init__(
+        self, items: int, samples: int | None = None, seed: int = 0, groups: Sequence[str] | None = None
+    ) -> None:
+        """Draws the samples.
+
+        Args:
+            items: number of items.
+            samples: None for `SAMPLES`, and fewer of more than 10,000 items.
+            seed: decides the samples.
+            groups: group of each item, [items]; None: each is on its own.
+
+        Raises:
+            UsageError: there are no items.
+        """
         if items < 1:
             raise UsageError("no item was measured at every point: see the problems listed, and add items")
         self.items = items
         self.samples = samples or max(_FEWEST_SAMPLES, min(SAMPLES, _DRAWS // items))
         generator = np.random.default_rng(seed)
+        names: Sequence[Hashable] = groups if groups is not None else range(items)
+        places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+        member = np.array([places[name] for name in names])
+        self.grouped = len(places) < items
         # 16 bits hold how often one item is drawn; 64 would take 800 MB for 10,000 items.
         self._weights = np.empty((self.samples, items), np.uint16)
         for row in self._weights:
-            row[:] = np.bincount(generator.integers(items, size=items), minlength=items)
+            drawn = generator.integers(len(places), size=len(places))
+            row[:] = np.bincount(drawn, minlength=len(places))[member]
 
     def sums(self, values: Array) -> Array:
         """Sums over the items of each sample: float64 [items, ...] -> [samples, ...]."""
@@ -90,12 +110,12 @@ class Bootstrap:
         return means
 
 
-def interval(value: float, samples: Array) -> Interval:
+def interval(value: float, samples: Array, level: float = LEVEL) -> Interval:
     """The percentile interval of a quantity whose bootstrap samples are given, [samples]; those that are NaN do not
     count."""
     if np.isnan(samples).all():
         return Interval(value, np.nan, np.nan)
-    low, high = np.nanquantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))
 
 
@@ -107,10 +127,31 @@ class Scored(NamedTuple):
     samples: Array  # scores of the bootstrap samples, [samples]
 
 
-def scored(bootstrap: Bootstrap, score: Score, outcomes: Array) -> Scored:
-    """Scores outcomes, [items, numbers]."""
+def scored(bootstrap: Bootstrap, score: Score, outcomes: Array, pairwise: str = "bootstrap") -> Scored:
+    """Scores outcomes, [items, numbers].
+
+    Args:
+        pairwise: see `compare`. With "mcnemar" the interval is Wilson's score interval (Wilson 1927), which also holds
+            where all items or none are right: there the bootstrap's has no width.
+
+    Raises:
+        UsageError: "mcnemar" with outcomes other than 0 and 1.
+    """
     samples = score(bootstrap.sums(outcomes))
-    return Scored(outcomes, interval(float(score(outcomes.sum(0))), samples), samples)
+    value = float(score(outcomes.sum(0)))
+    if pairwise != "mcnemar":
+        return Scored(outcomes, interval(value, samples), samples)
+    right = _right(outcomes)
+    ends = binomtest(int(np.count_nonzero(right)), right.size).proportion_ci(LEVEL, method="wilson")
+    return Scored(outcomes, Interval(value, float(ends.low), float(ends.high)), samples)
+
+
+def _right(outcomes: Array) -> NDArray[np.bool_]:
+    """Which items are right, [items]. Raises UsageError if the first number of an outcome is not 0 or 1."""
+    first = outcomes[:, 0]
+    if not np.isin(first, (0, 1)).all():
+        raise UsageError("outcomes are not 0 or 1: the task must be compared by bootstrap")
+    return np.asarray(first == 1)
 
 
 def compare(first: Scored, second: Scored, pairwise: str = "bootstrap") -> Comparison:
@@ -122,16 +163,21 @@ def compare(first: Scored, second: Scored, pairwise: str = "bootstrap") -> Compa
             (1947) on the items of which one is right and the other wrong. "bootstrap": twice the smaller share of
             samples whose difference is not positive, or not negative.
 
+    Where "mcnemar" finds no item of which only one is right, no sample differs either, and the interval is that of the
+    rule of three (Hanley and Lippman-Hand 1983), exactly 1 - 0.05^(1/n) to either side: a difference as large
+    as that would have shown in one of n items with a probability of 95 %.
+
     Raises:
         UsageError: "mcnemar" with outcomes other than 0 and 1, or another test.
     """
     samples = first.samples - second.samples
     difference = interval(first.score.value - second.score.value, samples)
     if pairwise == "mcnemar":
-        right = [each.outcomes[:, 0] for each in (first, second)]
-        if not all(np.isin(numbers, (0, 1)).all() for numbers in right):
-            raise UsageError("outcomes are not 0 or 1: the task must be compared by bootstrap")
-        return Comparison(difference, mcnemar(right[0] == 1, right[1] == 1), "McNemar exact")
+        right = [_right(each.outcomes) for each in (first, second)]
+        if np.array_equal(*right):
+            bound = 1 - (1 - LEVEL) ** (1 / right[0].size)
+            difference = Interval(0.0, -bound, bound)
+        return Comparison(difference, mcnemar(*right), "McNemar exact")
     if pairwise != "bootstrap":
         raise UsageError(f"test {pairwise} does not exist: choose mcnemar or bootstrap")
     # The observed difference counts as one more sample, so that p is never 0 (Davison and Hinkley 1997, eq. 4.11).

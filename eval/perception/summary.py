@@ -8,6 +8,8 @@ Nothing is interpolated: codecs are compared between points that were measured.
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compand.errors import UsageError
-from compand.eval.measurements import RATES, Row
+from compand.eval.measurements import MISSING_SHARE, RATES, Row
 from compand.eval.metrics import Metric
 from compand.eval.perception.statistics import (
+    LEVEL,
     Array,
     Bootstrap,
     Comparison,
@@ -36,7 +39,6 @@ from compand.eval.perception.task import Task
 OUTCOME = "outcome"
 """Column of the task model's outcomes on decoded items; `column` names those of the others."""
 
-MISSING_SHARE = 0.1
 MATCHED = 1.1
 """Largest ratio of two rates that count as matched."""
 
@@ -51,6 +53,7 @@ DEEP = frozenset({"lpips", "dists"})
 """Metrics that compare features of deep networks."""
 
 SPEARMAN_SIGN = "+1: more distortion by the metric always goes with a larger drop of the score"
+CONTAINERS = "rates include the container"
 PAIRS_DIFFERENCE = (
     "score of b minus score of a, on the same items; p adjusted by Holm's method for all pairs together"
 )
@@ -98,11 +101,15 @@ class Point:
         return f"{self.codec} q{self.quality:g}"
 
 
+class NoCommonItemsError(UsageError):
+    """So much failed that there is nothing to summarise: the problems of the run say what."""
+
+
 class SecondModel(NamedTuple):
     """What a second task model makes of undamaged items and of every lossy point."""
 
     rows: list[dict[str, Any]]  # the first one is of undamaged items
-    own: dict[str, Any] | None  # the row of the codec that it was trained on, at the nearest quality
+    own: dict[str, Any] | None  # the row of the codec that it was trained on, at that quality
 
 
 class Pair(NamedTuple):
@@ -121,6 +128,7 @@ def summarise(
     metrics: Sequence[Metric],
     model: str,
     lossy_models: Sequence[TrainedOn] = (),
+    groups: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any], list[str]]:
     """Scores and everything that follows from them.
 
@@ -132,21 +140,22 @@ def summarise(
         metrics: distortion metrics that were measured.
         model: name of the task model.
         lossy_models: the others that judged the same items.
+        groups: group of each item (`compand.eval.perception.task.Task.group`); None: each is on its own.
 
     Returns:
         `codecs` and `perception` of the summary (README.md of `compand.eval` documents both), and notices.
 
     Raises:
-        UsageError: no item was measured at all points.
+        NoCommonItemsError: no item was measured at all points.
     """
     table, common, notices = _common(items, rows, codecs)
-    bootstrap = Bootstrap(len(common))
+    bootstrap = Bootstrap(len(common), groups=[groups[item] for item in common] if groups else None)
     evidence = _Evidence(task, bootstrap, table, common, codecs, metrics)
     baseline = evidence.undamaged()
     lossy = [point for point in evidence.points if point.kind in LOSSY_KINDS]
     correlations = evidence.correlations(lossy)
     matched = _matched(lossy)
-    pairs = [Pair(a, b, compare(b.scored, a.scored, task.pairwise)) for a, b in matched]
+    pairs = [Pair(a, b, compare(b.scored, a.scored, evidence.pairwise)) for a, b in matched]
     trained = [evidence.second_model(other, baseline) for other in lossy_models]
     perception = {
         "task": task.name,
@@ -158,11 +167,12 @@ def summarise(
         "baseline_high": baseline.score.high,
         "spearman_sign": SPEARMAN_SIGN,
         "spearman": _spearman_rows(correlations, len(lossy), task.medium),
-        "pairs_difference": PAIRS_DIFFERENCE,
+        "pairs_difference": PAIRS_DIFFERENCE
+        + (f"; {CONTAINERS}, rate_payload is without it" if task.medium == "audio" else ""),
         "pairs": _pair_rows(pairs),
         "lossy_training": [row for each in trained for row in each.rows],
         "findings": [
-            _first_finding(lossy, task),
+            _first_finding(lossy, evidence.pairwise, task.medium),
             _second_finding(correlations, lossy, metrics, task.medium),
             _third_finding(lossy_models, trained, task.score_name),
         ],
@@ -196,8 +206,12 @@ def _common(
         else:
             kept[codec, quality] = found
     if not kept:
-        raise UsageError("no codec point has nine tenths of the items: see the problems listed")
+        raise NoCommonItemsError("no codec point has nine tenths of the items: see the problems listed")
     common = [item for item in items if all(item in found for found in kept.values())]
+    if not common:
+        raise NoCommonItemsError(
+            "no item was measured at every point: see the problems listed, and add items"
+        )
     if len(common) < len(items):
         notices.append(f"scores are over {len(common)} of {len(items)} items, those measured at every point")
     return kept, common, notices
@@ -217,6 +231,8 @@ class _Evidence:
     ) -> None:
         self._task, self._bootstrap, self._items = task, bootstrap, items
         self._codecs, self._metrics = codecs, metrics
+        # McNemar's test and Wilson's interval take items as independent.
+        self.pairwise = "bootstrap" if bootstrap.grouped else task.pairwise
         self._rows = {key: [found[item] for item in items] for key, found in table.items()}
         self.points = [self._point(key, rows) for key, rows in self._rows.items()]
 
@@ -241,7 +257,8 @@ class _Evidence:
         )
 
     def _scored(self, outcomes: Sequence[Sequence[float]]) -> Scored:
-        return scored(self._bootstrap, self._task.score, np.asarray(outcomes, dtype=np.float64))
+        numbers = np.asarray(outcomes, dtype=np.float64)
+        return scored(self._bootstrap, self._task.score, numbers, self.pairwise)
 
     def _judged(self, key: tuple[str, float] | None, model: str | None) -> Scored:
         """What a model makes of a point; of undamaged items where there is none."""
@@ -277,13 +294,13 @@ class _Evidence:
 
     def second_model(self, other: TrainedOn, baseline: Scored) -> SecondModel:
         """Scores of a second model, with their differences to those of the task model."""
-        nearest = _trained_point(other, self.points)
+        trained = _trained_point(other, self.points)
         rows = [self._compared(other, None, baseline)]
         own = None
         for point in self.points:
             if point.kind in LOSSY_KINDS:
                 rows.append(self._compared(other, point, point.scored))
-                own = rows[-1] if point is nearest else own
+                own = rows[-1] if point is trained else own
         return SecondModel(rows, own)
 
     def _compared(self, other: TrainedOn, point: Point | None, reference: Scored) -> dict[str, Any]:
@@ -298,7 +315,7 @@ class _Evidence:
             "score_low": judged.score.low,
             "score_high": judged.score.high,
             "reference": reference.score.value,
-            **_difference(compare(judged, reference, self._task.pairwise)),
+            **_difference(compare(judged, reference, self.pairwise)),
         }
 
     def codec_entries(self, baseline: Scored) -> dict[str, dict[str, Any]]:
@@ -317,7 +334,10 @@ class _Evidence:
 
     def _entry(self, point: Point, baseline: Scored) -> dict[str, Any]:
         score = point.scored.score
-        drop = interval(baseline.score.value - score.value, baseline.samples - point.scored.samples)
+        drop = compare(baseline, point.scored, self.pairwise).difference
+        if point.kind not in LOSSY_KINDS:
+            # An item that is the same by construction is judged the same, which no rule of three has to allow for.
+            drop = interval(drop.value, baseline.samples - point.scored.samples)
         return {
             "quality": point.quality,
             "items": len(self._items),
@@ -332,13 +352,15 @@ class _Evidence:
 
 
 def _trained_point(other: TrainedOn, points: Sequence[Point]) -> Point | None:
-    """The measured point nearest in quality to the one that a model was trained on; None if its codec is not there."""
+    """The measured point whose items a model was trained on; None if it is not there."""
     if other.codec is None:
         return None
-    codec, quality = other.codec, other.quality or 0.0
-    # A model names the codec as its training did: "hyperprior" stands for a version of it.
-    own = [point for point in points if point.codec == codec or point.codec.startswith(f"{codec}-v")]
-    return min(own, key=lambda point: abs(point.quality - quality), default=None)
+    own = [point for point in points if point.quality == other.quality and point.kind in LOSSY_KINDS]
+    exact = [point for point in own if point.codec == other.codec]
+    # A model may name the codec without its version: "hyperprior" is then the one version that is in the run.
+    versions = [point for point in own if re.fullmatch(re.escape(other.codec) + r"-v\d+", point.codec)]
+    found = exact or versions
+    return found[0] if len(found) == 1 else None
 
 
 # ------------------------------------------------------------------------------------------------- tables
@@ -387,6 +409,11 @@ def _pair_rows(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
             "rate_a": pair.first.rate,
             "rate_b": pair.second.rate,
             "rate_ratio": pair.second.rate / pair.first.rate,
+            **{
+                f"rate_payload_{name}": point.means["kbps_payload"]
+                for name, point in (("a", pair.first), ("b", pair.second))
+                if "kbps_payload" in point.means
+            },
             "score_a": pair.first.scored.score.value,
             "score_b": pair.second.scored.score.value,
             **_difference(pair.comparison),
@@ -412,38 +439,44 @@ def _spearman_rows(correlations: Mapping[str, Correlation], points: int, medium:
     return rows
 
 
-def _gap(first: Correlation, second: Correlation) -> Interval:
+def _gap(first: Correlation, second: Correlation, level: float = LEVEL) -> Interval:
     """The difference of two correlations, on the same samples of items."""
-    return interval(first.rho.value - second.rho.value, first.samples - second.samples)
+    return interval(first.rho.value - second.rho.value, first.samples - second.samples, level)
 
 
 # ------------------------------------------------------------------------------------------------- findings
 
 
-def _first_finding(points: Sequence[Point], task: Task) -> str:
+def _first_finding(points: Sequence[Point], pairwise: str, medium: str) -> str:
     claim = "Finding 1 of MPQ (learned codecs beat classical ones on the score at an equal or lower rate)"
     learned = {point.codec: point.title for point in points if point.kind == "compand"}
     classical = {point.codec: point.title for point in points if point.kind == "classical"}
     if not learned or not classical:
-        return f"{claim}: not tested, for want of a {'classical' if learned else 'learned'} codec in the run."
+        return f"{claim}: not tested: no {'classical' if learned else 'learned'} codec in the run."
     trials = [
         (ours, theirs, winner == ours, comparison)
         for ours in learned
         for theirs in classical
         for winner, loser in ((ours, theirs), (theirs, ours))
-        for comparison in _dominations(points, winner, loser, task.pairwise)
+        for comparison in _dominations(points, winner, loser, pairwise)
     ]
     adjusted = holm([comparison.p for *_, comparison in trials])
-    tallies = {(ours, theirs): _Tally() for ours in learned for theirs in classical}
+    numbers = Counter(point.codec for point in points)
+    tallies = {
+        (ours, theirs): _Tally(numbers[ours], numbers[theirs]) for ours in learned for theirs in classical
+    }
     for (ours, theirs, forward, comparison), p in zip(trials, adjusted, strict=True):
         higher = p < ALPHA and comparison.difference.value > 0
-        tallies[ours, theirs].count(higher, forward=forward)
-    if any(all(tallies[ours, theirs].beats for theirs in classical) for ours in learned):
+        if higher and forward:
+            tallies[ours, theirs].won += 1
+        elif higher:
+            tallies[ours, theirs].lost += 1
+    if any(tally.lost for tally in tallies.values()):
+        verdict = "does not hold"
+    elif all(2 * tally.won > tally.won_of for tally in tallies.values()):
         verdict = "holds"
-    elif any(tally.won for tally in tallies.values()):
-        verdict = "holds in part"
     else:
-        verdict = "does not hold" if any(tally.lost for tally in tallies.values()) else "is undecided"
+        verdict = "holds in part" if any(tally.won for tally in tallies.values()) else "is undecided"
     details = "; ".join(
         f"{title} is above "
         + ", ".join(
@@ -455,30 +488,29 @@ def _first_finding(points: Sequence[Point], task: Task) -> str:
     )
     return (
         f"{claim} {verdict}: {details}, each point against the other codec's next one of no lower rate "
-        f"(paired tests, Holm-adjusted p < {ALPHA:g})."
+        f"(one that has none is not above; paired tests, Holm-adjusted p < {ALPHA:g})"
+        f"{_containers(points) if medium == 'audio' else ''}."
     )
+
+
+def _containers(points: Sequence[Point]) -> str:
+    """What rates of sound files include, and the range of those without it, where they are known."""
+    known: dict[str, list[float]] = {}
+    for point in points:
+        if "kbps_payload" in point.means:
+            known.setdefault(point.title, []).append(point.means["kbps_payload"])
+    payload = ", ".join(f"{title} {min(rates):.3g} to {max(rates):.3g}" for title, rates in known.items())
+    return f"; {CONTAINERS}" + (f", without which they are, in kbps: {payload}" if payload else "")
 
 
 @dataclass
 class _Tally:
     """How often a learned codec was significantly above a classical one at no higher rate, and the other way round."""
 
+    won_of: int  # points of the learned codec
+    lost_of: int  # points of the classical one
     won: int = 0
-    won_of: int = 0
     lost: int = 0
-    lost_of: int = 0
-
-    def count(self, higher: bool, *, forward: bool) -> None:
-        if forward:
-            self.won_of += 1
-            self.won += higher
-        else:
-            self.lost_of += 1
-            self.lost += higher
-
-    @property
-    def beats(self) -> bool:
-        return self.won > 0 and self.lost == 0
 
 
 def _dominations(points: Sequence[Point], winner: str, loser: str, pairwise: str) -> list[Comparison]:
@@ -509,7 +541,9 @@ def _second_finding(
         )
         return f"{claim}: not tested, for {why}."
     best = max(others, key=lambda name: correlations[name].rho.value)
-    gap = _gap(correlations[best], correlations[signal])
+    # The best of several is favored by chance: each interval leaves out its share of the 5 % alone (Bonferroni).
+    level = 1 - (1 - LEVEL) / len(others)
+    gap = _gap(correlations[best], correlations[signal], level)
     verdict = "holds" if gap.low > 0 else "does not hold" if gap.high < 0 else "is undecided"
     kind = "the best deep metric" if deep else "the best perceptual metric, no deep one being measured"
     families = len({point.codec for point in points})
@@ -518,27 +552,35 @@ def _second_finding(
     return (
         f"{claim} {verdict}: over {len(points)} points of {families} codecs{few}, rho is {_with_interval(first)} for "
         f"{titles[best]} ({kind}) and {_with_interval(second)} for {titles[signal]}, a difference of "
-        f"{_with_interval(gap, signed=True)}."
+        f"{_with_interval(gap, signed=True)}"
+        + (
+            f" (the best of {len(others)} candidates: the interval of the difference is Bonferroni-adjusted for them)."
+            if len(others) > 1
+            else " (the only candidate)."
+        )
     )
 
 
 def _third_finding(models: Sequence[TrainedOn], trained: Sequence[SecondModel], score_name: str) -> str:
     claim = "Finding 3 of MPQ (a task model trained on lossy items scores higher on lossy items)"
     tested, verdicts = [], set()
+    owned = [own for _, own in trained if own is not None]
+    adjusted = dict(zip(map(id, owned), holm([own["p"] for own in owned]), strict=True))
     for model, (rows, own) in zip(models, trained, strict=True):
         if model.codec is None:
             continue
         name = f"{model.name}, trained on {model.label},"
         if own is None:
-            tested.append(f"{name} was not tested, since {model.codec} is not in the run")
+            tested.append(f"{name} was not tested at the trained quality, which is not in the run")
             continue
-        significant = own["p"] < ALPHA
+        p = adjusted[id(own)]
+        significant = p < ALPHA
         verdicts.add("open" if not significant else "holds" if own["difference"] > 0 else "fails")
         clean = rows[0]
         tested.append(
             f"{name} has a {score_name} of {own['score']:.3f} on {own['codec']} q{own['quality']:g} where the task "
-            f"model has {own['reference']:.3f} ({_gain(own)}), and {clean['score']:.3f} on undamaged items where that "
-            f"has {clean['reference']:.3f} ({_gain(clean)})"
+            f"model has {own['reference']:.3f} ({_gain(own)}, {p:.2g} by Holm's method over {len(owned)} models), and "
+            f"{clean['score']:.3f} on undamaged items where that has {clean['reference']:.3f} ({_gain(clean)})"
         )
     if not tested:
         return f"{claim}: not tested, for want of a --lossy-model that was trained on decoded items."

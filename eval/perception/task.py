@@ -32,6 +32,11 @@ KINDS: Mapping[str, str] = {
 }
 """What each kind of task model takes and gives."""
 
+JPEG_CAVEAT = (
+    "the undamaged images are JPEG files themselves, on whose 8x8 grid JPEG codes again, which favors JPEG"
+)
+"""For tasks whose images were published as JPEG files; see `Task.caveats`."""
+
 
 class TaskItem(NamedTuple):
     """One test item of a task."""
@@ -69,11 +74,14 @@ class Task(ABC):
         score_name: the score in words ("top-1 accuracy"); higher is better.
         outcome_names: what the numbers of an outcome are; outcomes add over items.
         pairwise: how two codecs are compared on the same items: "mcnemar" where the first number of an outcome is 0
-            or 1 and the score is its mean, else "bootstrap".
+            or 1 and the score is its mean (which also decides how the score's interval is made), else "bootstrap".
         default_model: folder of the reference model below `checkpoints/`, with or without its version.
         labels: names of the classes in the order of logits; () where there are none.
         foreign_classes: for models that were trained on other label sets: number of their classes -> {their class:
             class of this task}. Several of theirs may be one of ours.
+        version: counts the changes of what makes items out of files (mixtures out of samples), so that results of
+            other items are not mixed in; 0 where items are files as they are.
+        caveats: sentences that a reader of any score of this task should know; they stand among the notices.
     """
 
     name: ClassVar[str]
@@ -85,6 +93,8 @@ class Task(ABC):
     default_model: ClassVar[str]
     labels: ClassVar[tuple[str, ...]] = ()
     foreign_classes: ClassVar[Mapping[int, Mapping[int, int]]] = {}
+    version: ClassVar[int] = 0
+    caveats: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, data: Path) -> None:
         """data: the folder that --data names. It is read by `items` only."""
@@ -99,8 +109,17 @@ class Task(ABC):
         return load(item.item)
 
     def content_hash(self, item: TaskItem) -> str:
-        """Hexadecimal digest of all that decides the item's signal; stored results are reused only where it agrees."""
+        """Hexadecimal digest of all that decides the item's signal and its truth; stored results are reused only where
+        it agrees. A truth that the item's name says needs no part in it."""
         return content_hash(item.item)
+
+    def group(self, item: TaskItem) -> str:
+        """Name of the group of items that an item is drawn with when items are resampled.
+
+        By default an item is on its own, as items that are independent have to be. Where groups hold several items,
+        codecs are compared by bootstrap whatever `pairwise` says, since McNemar's test takes items as independent.
+        """
+        return item.name
 
     @abstractmethod
     def outcome(self, model: TaskModel, decoded: Signal, item: TaskItem) -> list[float]:

@@ -96,6 +96,9 @@ def _flat(entries: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
                 found.append((name, ", ".join(f"{package} {version}" for package, version in value.items())))
             else:
                 found += _flat(value, f"{name}: ")
+        elif isinstance(value, Sequence) and any(isinstance(entry, Mapping) for entry in value):
+            for place, entry in enumerate(value, start=1):
+                found += _flat(entry, f"{name} {place}: ")
         elif value is not None:
             found.append((name, general(value).text))
     return found

@@ -19,7 +19,7 @@ from compand.pictures import Picture
 LOG = "COMPAND_TEST_LOG"
 """Environment variable that names a file for a line per encoding."""
 
-KILLS_ENCODER, KILLS_DECODER, DAMAGED, WRONG_SIZE, UNFIT = 201, 202, 203, 204, 205
+KILLS_ENCODER, KILLS_DECODER, DAMAGED, WRONG_SIZE, UNFIT, HANGS = 201, 202, 203, 204, 205, 206
 """Red values of the first pixel with which `faulty` fails."""
 
 
@@ -112,6 +112,8 @@ class Faulty(Raw):
             os._exit(4)
         if data[0] == DAMAGED:
             raise MediaError("the file is damaged: get another")
+        if data[0] == HANGS:
+            time.sleep(3600)
         picture = super().decode(data[1:])
         if data[0] == WRONG_SIZE:
             return Picture(picture.pixels[1:], None, None)

@@ -13,7 +13,7 @@ from pathlib import Path
 import foreign_codecs
 import numpy as np
 import pytest
-from foreign_codecs import DAMAGED, KILLS_DECODER, Cheat, Faulty, Raw
+from foreign_codecs import DAMAGED, HANGS, KILLS_DECODER, Cheat, Faulty, Raw
 
 from compand.errors import MediaError
 from compand.eval import decoder, subjects
@@ -103,6 +103,16 @@ def test_errors_are_one_line_and_the_process_goes_on(client):
 def test_a_process_that_dies_is_replaced(client):
     with pytest.raises(MediaError, match=r"exit status 4\): out of luck"):
         client.decode("faulty", Faulty().encode(picture(KILLS_DECODER), 8))
+    assert client.decode("raw", Raw().encode(picture(), 8)).signal.height == 6
+
+
+def test_a_process_that_takes_too_long_is_replaced(client, monkeypatch):
+    monkeypatch.setattr(client, "_timeout", 1.0)
+    started = time.monotonic()
+    with pytest.raises(MediaError, match="decoding with faulty took more than 1 s and was ended"):
+        client.decode("faulty", Faulty().encode(picture(HANGS), 8))
+    assert time.monotonic() - started < 20
+    monkeypatch.setattr(client, "_timeout", 600.0)
     assert client.decode("raw", Raw().encode(picture(), 8)).signal.height == 6
 
 

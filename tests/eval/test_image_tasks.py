@@ -155,6 +155,38 @@ def test_camvid_folders_that_do_not_fit(streets, tmp_path_factory):
         task.items()
 
 
+def test_stored_results_are_bound_to_images_and_labels(streets):
+    def hashes() -> list[str]:
+        task = CamVid(streets)
+        return [task.content_hash(item) for item in task.items()]
+
+    first = hashes()
+    assert len(set(first)) == 2 and hashes() == first and all(len(digest) == 16 for digest in first)
+    Image.fromarray(np.full((50, 70), 3, np.uint8)).save(streets / "val" / "label" / "a.png")
+    second = hashes()
+    assert second[0] != first[0] and second[1] == first[1]
+    Image.fromarray(np.zeros((50, 70, 3), np.uint8)).save(streets / "val" / "image" / "b.png")
+    assert hashes()[0] == second[0] and hashes()[1] != second[1]
+
+
+def test_consecutive_frames_are_one_group(tmp_path):
+    for folder in ("image", "label"):
+        (tmp_path / folder).mkdir()
+    # Frame 9990 comes before 10010, though not in order of name.
+    names = [f"0016E5_{number}" for number in range(9970, 10030, 2)] + ["0001TP_9972", "street"]
+    for name in names:
+        for folder in ("image", "label"):
+            (tmp_path / folder / f"{name}.png").write_bytes(b"")
+    task = CamVid(tmp_path)
+    groups: dict[str, list[str]] = {}
+    for item in task.items():
+        groups.setdefault(task.group(item), []).append(Path(item.name).stem)
+    blocks = [names[first : first + camvid.BLOCK] for first in (0, 10, 20)]
+    expected = [*blocks, ["0001TP_9972"], ["street"]]
+    assert sorted(sorted(group) for group in groups.values()) == sorted(sorted(block) for block in expected)
+    assert any("one clip" in caveat for caveat in task.caveats)
+
+
 def test_foreign_label_sets_map_into_ours():
     for count, mapping in CamVid.foreign_classes.items():
         assert all(0 <= theirs < count and 0 <= ours < CLASSES for theirs, ours in mapping.items())

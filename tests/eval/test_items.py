@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from compand.errors import MediaError, UsageError
-from compand.eval.items import Item, content_hash, find_items, load
+from compand.eval.items import Item, content_hash, find_items, load, reason
 from compand.pictures import Picture
 from compand.sounds import Sound
 
@@ -56,6 +56,34 @@ def test_companions_and_hidden_files_are_passed_over_and_others_reported(tmp_pat
     assert [item.name for item in items] == ["a.flac"]
     assert [problem.item for problem in problems] == ["c.xyz", "noname"]
     assert all(problem.codec == "" and problem.quality is None for problem in problems)
+
+
+def test_a_folder_can_be_excluded(tmp_path: Path):
+    for name in ("a.png", "out/plot.png", "b/out/c.png"):
+        picture(tmp_path / name)
+    sound(tmp_path / "out/examples/a.flac")
+    (tmp_path / "out" / "odd.xyz").touch()
+    items, problems = find_items(tmp_path, exclude=tmp_path / "b" / ".." / "out")
+    assert [item.name for item in items] == ["a.png", "b/out/c.png"]
+    assert problems == []
+
+
+def test_a_problem_names_its_item_and_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "my photos"
+    path = picture(folder / "b" / "a.png")
+    path.write_bytes(b"nonsense")
+    monkeypatch.chdir(tmp_path)
+    for place in (path, path.relative_to(tmp_path)):
+        item = Item("b/a.png", place, "image")
+        with pytest.raises(MediaError) as caught:
+            load(item)
+        message = reason(caught.value, item)
+        assert message.startswith("b/a.png") and "my photos" not in message
+    item = Item("a.png", path, "image")
+    gone = FileNotFoundError(2, "No such file or directory", "/var/tmp/x-1/coded")
+    assert reason(gone, item).startswith("a.png: coded: no such file")
+    text = "see https://a.org/b/c, 3 dB/octave or x/y/z"
+    assert reason(MediaError(text), item) == f"a.png: {text}"
 
 
 def test_mixed_folders_need_a_choice(tmp_path: Path):

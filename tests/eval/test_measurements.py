@@ -20,6 +20,7 @@ from compand.eval.measurements import (
     as_csv,
     bits_per_pixel,
     complete_items,
+    counted_rows,
     key_of,
     kilobits_per_second,
     mean_points,
@@ -79,6 +80,48 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
     path.write_bytes(b"{]\n" + path.read_bytes())
     with pytest.raises(UsageError, match=r"measurements\.jsonl, line 1, is damaged"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["item", "codec", "identity", "quality", "medium", "bytes", "bpp"])
+def test_a_line_without_its_columns_is_an_error(tmp_path, name):
+    with opened(tmp_path) as store:
+        store.append(row())
+    path = tmp_path / "out" / MEASUREMENTS
+    lacking = {key: value for key, value in row().items() if key != name}
+    for line in (json.dumps(lacking), "5", "[]"):
+        path.write_text(f"{json.dumps(row())}\n{line}\n")
+        with pytest.raises(UsageError, match=r"measurements\.jsonl, line 2, is damaged"):
+            opened(tmp_path)
+
+
+@pytest.mark.parametrize("change", [None, [], {"jpeg": {"title": "JPEG"}}, {"jpeg": 5}])
+def test_a_description_without_codecs_is_an_error(tmp_path, change):
+    with opened(tmp_path):
+        pass
+    path = tmp_path / "out" / RUN
+    content = json.loads(path.read_text()) | {"codecs": change}
+    if change is None:
+        del content["codecs"]
+    for text in (json.dumps(content), "[]"):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=r"run\.json is damaged") as caught:
+            opened(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_row_keeps_the_metrics_that_were_not_measured_again(tmp_path):
+    with opened(tmp_path) as store:
+        store.add_codecs({"jpeg": FACTS})
+        store.append(row(psnr=30.0))
+    with opened(tmp_path, metrics=["ms_ssim"]) as store:
+        new = {name: value for name, value in row(ms_ssim=0.9).items() if name != "psnr"}
+        store.append(new, ["ms_ssim"])
+        assert [(each["psnr"], each["ms_ssim"]) for each in store.rows()] == [(30.0, 0.9)]
+        store.append(new, ["psnr", "ms_ssim"])  # PSNR failed now
+        assert "psnr" not in store.rows()[0]
+        store.append(row(psnr=30.0))
+        store.append(new | {"bytes": 99}, ["ms_ssim"])  # another file: its PSNR is not known
+        assert "psnr" not in store.rows()[0]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +250,7 @@ def test_summary_says_what_its_means_leave_out(tmp_path):
         store.append(row("a.png", ms_ssim=0.9))
         store.append(row("b.png", bpp=1.0, ms_ssim=None))
         store.append(row("a.png", "webp", ms_ssim=0.9))
-        codecs, notices = summary_codecs(store, ["psnr", "ms_ssim"])
+        codecs, notices = summary_codecs(store, ["psnr", "ms_ssim"], store.rows())
     (point,) = codecs["jpeg"]["points"]
     assert point == {
         "quality": 10.0, "items": 2, "bytes": 100, "bpp": 0.75, "psnr": 30.0, "ms_ssim": 0.9, "ms_ssim_items": 1,
@@ -215,8 +258,53 @@ def test_summary_says_what_its_means_leave_out(tmp_path):
     assert codecs["webp"]["points"][0]["items"] == 1
     assert notices == [
         "JPEG: ms_ssim is the mean over 1 of 2 items",
-        "WebP: means are over 1 of 2 items, those without a problem",
+        "WebP: means are over 1 of 2 items, those measured at every point",
     ]
+
+
+def counted(folder, points, selected=None):
+    """Qualities that count, by codec, and the notices, for numbers of items by codec and quality."""
+    with opened(folder, items={f"{number:02}.png": "0" for number in range(20)}) as store:
+        for codec, counts in points.items():
+            store.add_codecs({codec: FACTS | {"title": codec.upper()}})
+            for quality, numbers in counts.items():
+                for number in numbers:
+                    store.append(row(f"{number:02}.png", codec, float(quality)))
+        rows, notices = counted_rows(store, selected)
+    found = {codec: sorted({each["quality"] for each in rows if each["codec"] == codec}) for codec in points}
+    return found, notices
+
+
+def test_a_point_that_lacks_a_tenth_of_the_items_is_left_out(tmp_path):
+    everything = range(20)
+    found, notices = counted(
+        tmp_path, {"jpeg": {10: everything, 20: range(18), 30: range(17)}, "webp": {1: range(3)}}
+    )
+    assert found == {"jpeg": [10, 20], "webp": []}
+    assert notices == [
+        "JPEG: quality 30 is left out, it has 17 of 20 items: see the problems",
+        "WEBP: quality 1 is left out, it has 3 of 20 items: see the problems",
+    ]
+
+
+def test_points_of_earlier_runs_count_where_they_shrink_no_other(tmp_path):
+    everything = range(20)
+    points = {"jpeg": {10: everything, 20: range(19), 30: range(2)}, "webp": {1: everything, 2: range(19)}}
+    found, notices = counted(tmp_path, points, {"jpeg": [10.0]})
+    assert found == {"jpeg": [10], "webp": [1]}
+    assert notices[:2] == [
+        "JPEG: quality 20 is left out, it has 19 of 20 items: select it to have it measured wholly",
+        "JPEG: quality 30 is left out, it has 2 of 20 items: select it to have it measured wholly",
+    ]
+    assert counted(tmp_path, points, {"jpeg": [20.0], "webp": [1.0, 2.0]})[0] == {
+        "jpeg": [10, 20],
+        "webp": [1, 2],
+    }
+
+
+def test_an_item_that_nothing_could_read_costs_no_point(tmp_path):
+    found, notices = counted(tmp_path, {"jpeg": {10: range(10), 20: range(10)}})
+    assert (found, notices) == ({"jpeg": [10, 20]}, [])
 
 
 def test_problems_and_notes_of_rows():
@@ -249,6 +337,37 @@ def test_results_are_written_as_json_and_csv(tmp_path):
     assert records[1]["problems"] == "one; two"
     assert list(records[0])[:5] == ["item", "medium", "codec", "identity", "quality"]
     assert list(records[0])[-2:] == ["outcome", "problems"]
+
+
+def origins(folder, command, *, measured=True):
+    """The provenance that is written by a run of this command."""
+    with opened(folder) as store:
+        store.add_codecs({"jpeg": FACTS})
+        if measured:
+            store.add_origin({"command": command, "date": "begun"})
+            store.append(row())
+        path, _ = write_results(store, {"codecs": {}}, {"command": command, "date": "done"})
+    return json.loads(path.read_text())["provenance"]
+
+
+def test_every_run_that_measured_something_is_on_record(tmp_path):
+    with opened(tmp_path) as store:  # a run that is killed
+        store.add_origin({"command": "first", "date": "begun"})
+    first, second = {"command": "first", "date": "begun"}, {"command": "second", "date": "done"}
+    assert origins(tmp_path, "second") == second | {"earlier": [first]}
+    assert origins(tmp_path, "third", measured=False) == second | {"earlier": [first]}
+    assert origins(tmp_path, "fourth")["earlier"] == [first, second]
+
+
+def test_folders_of_runs_without_a_record_are_continued(tmp_path):
+    with opened(tmp_path):
+        pass
+    path = tmp_path / "out" / RUN
+    content = json.loads(path.read_text())
+    del content["origins"]
+    path.write_text(json.dumps(content))
+    assert origins(tmp_path, "later", measured=False) == {"command": "later", "date": "done"}
+    assert origins(tmp_path, "again") == {"command": "again", "date": "done"}
 
 
 def test_csv_of_nothing_is_empty():

@@ -202,6 +202,59 @@ def test_what_cannot_be_done_is_said_before_anything_is_measured(options, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_where_nearly_everything_failed_the_problems_are_listed(
+    options, place, tmp_path, capsys, monkeypatch
+):
+    def failing(self, signal, quality):
+        raise UsageError("the library has no memory left")
+
+    monkeypatch.setattr(type(subjects.find("jpeg", "image")), "encode", failing)
+    (tmp_path / "data").mkdir()
+    names = ("smooth_02.png", "textured_00.png")
+    for name in names:
+        (tmp_path / "data" / name).write_bytes(b"no picture")
+    good = Image.fromarray(np.zeros((64, 64, 3), np.uint8))
+    good.save(tmp_path / "data" / "smooth_00.png")
+    other = replace(
+        options, data=tmp_path / "data", output=tmp_path / "out", lossy_models=(), codecs=["jpeg"]
+    )
+    assert run(other) == 1
+    errors = capsys.readouterr().err
+    assert "no codec point has nine tenths of the items" in errors and "problem" in errors
+    assert all(name in errors for name in names)
+
+
+def test_what_a_run_is_includes_device_version_and_model(options, results, tmp_path, monkeypatch):
+    described = json.loads((options.output / "run.json").read_text())
+    # As runs were described before, which have to go on.
+    assert "device" not in described and "task_version" not in described
+    identity = results["summary"]["perception"]["model_identity"]
+    assert identity == described["models"][0]["identity"]
+    monkeypatch.setattr(texture_task.Texture, "version", 1)
+    with pytest.raises(UsageError, match=r"holds another run \(task_version None there, 1 here"):
+        run(options)
+    monkeypatch.undo()
+    real = JudgeFactory.models
+    monkeypatch.setattr(JudgeFactory, "models", lambda self: real(replace(self, device="cpu")))
+    with pytest.raises(UsageError, match=r"holds another run \(device None there, cuda here"):
+        run(replace(options, device="cuda"))
+
+
+def test_caveats_and_training_items_are_among_the_notices(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(texture_task.Texture, "caveats", ("crops overlap",))
+    seen = {}
+    for folder in ("train", "val"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / folder / "smooth_00.png")
+        arguments = {"data": tmp_path / folder, "output": tmp_path / f"out-{folder}", "codecs": ["identity"]}
+        assert run(replace(options, lossy_models=(), qualities=None, **arguments)) == 0
+        written = json.loads((tmp_path / f"out-{folder}" / "results.json").read_text())
+        seen[folder] = written["summary"]["notices"]
+        assert "crops overlap" in seen[folder]
+    assert any("scores on training items" in notice for notice in seen["train"])
+    assert not any("training items" in notice for notice in seen["val"])
+
+
 def test_two_models_of_one_name(options, tmp_path):
     with pytest.raises(UsageError, match="two task models are named texture-v1"):
         run(replace(options, output=tmp_path / "out", lossy_models=(options.model,)))

@@ -266,6 +266,16 @@ def test_task_models_are_no_codecs(shipped):
         models.read_info(shipped / "hyperprior-v1")
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe"])
+def test_a_damaged_model_among_the_shipped_ones_is_named_in_one_line(shipped, content):
+    path = shipped / "animals-classifier-v1" / "config.json"
+    path.write_bytes(content)
+    for look in (models.available, lambda: models.find("animals-classifier")):
+        with pytest.raises(CheckpointError) as caught:
+            look()
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_damaged_codec_beside_them_is_still_reported(shipped):
     (shipped / "hyperprior-v1" / "config.json").write_text("{")
     checkpoint._shipped.cache_clear()
@@ -457,6 +467,25 @@ def test_image_classifiers_and_segmenters_of_transformers(tmp_path):
     segmenter = adapters.load(f"transformers:{tmp_path / 'segformer'}", Scenes)
     answer = segmenter(PIXELS)
     assert answer.shape == PIXELS.shape[:2] and set(np.unique(answer)) <= {0, 1, 2} and segmenter.note == ""
+
+
+@needs("transformers")
+def test_code_that_comes_with_a_model_is_not_run(tmp_path, monkeypatch):
+    """Not even where somebody would say yes when asked."""
+    monkeypatch.setattr("builtins.input", lambda *arguments: "yes")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {"model_type": "foreign", "auto_map": {"AutoConfig": "foreign.ForeignConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    ran = tmp_path / "ran"
+    (folder / "foreign.py").write_text(
+        "from pathlib import Path\nfrom transformers import PretrainedConfig\n"
+        f"Path({str(ran)!r}).touch()\nclass ForeignConfig(PretrainedConfig):\n    model_type = 'foreign'\n"
+    )
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        adapters.load(f"transformers:{folder}", Animals)
+    assert not ran.exists()
 
 
 def ctc_folder(folder: Path) -> Path:

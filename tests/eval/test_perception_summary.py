@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from compand.eval.perception.summary import TrainedOn, column, summarise
 from compand.eval.perception.task import ClassificationTask, Task
 
 PSNR = Metric("psnr", "PSNR", "dB", "higher", "image")
+DISTS = Metric("dists", "DISTS", "", "lower", "image")
 LPIPS = Metric("lpips", "LPIPS", "", "lower", "image")
 MS_SSIM = Metric("ms_ssim", "MS-SSIM", "", "higher", "image")
 
@@ -140,6 +142,32 @@ def test_a_point_that_failed_often_does_not_cost_the_others_their_items():
     assert any("webp q5" in notice and "200 of 400" in notice for notice in notices)
 
 
+def test_scores_at_the_ends_have_intervals():
+    codecs, *_ = summary(rows_of("jpeg", {5: (0.2, 0.0), 50: (1.0, 1.0)}), facts(jpeg="classical"))
+    none, every = codecs["jpeg"]["points"]
+    assert (none["score"], none["score_low"], every["score"], every["score_high"]) == pytest.approx(
+        (0, 0, 1, 1)
+    )
+    assert none["score_high"] == pytest.approx(3.84 / 403.84, rel=0.01) == 1 - every["score_low"]
+    # A lossy codec that changed no answer in 400 items may still change one in a hundred.
+    same = summary(rows_of("jpeg", {5: (0.2, CLEAN)}), facts(jpeg="classical"))[0]["jpeg"]["points"][0]
+    assert same["score_drop"] == 0
+    assert same["score_drop_high"] == -same["score_drop_low"] == pytest.approx(3 / 400, rel=0.01)
+
+
+def test_items_that_depend_on_each_other_are_resampled_together():
+    """Forty clips of ten frames that are all recognised or none: worth forty items, not four hundred."""
+    recognised = {item: float((place // 10) % 2) for place, item in enumerate(ITEMS)}
+    rows = [row | {"outcome": [recognised[row["item"]], 1.0]} for row in JPEG]
+    groups = {item: str(place // 10) for place, item in enumerate(ITEMS)}
+    ours = [row | {"codec": "hyperprior", "outcome": [1.0 - recognised[row["item"]], 1.0]} for row in rows]
+    codecs, perception, _ = summarise(Accuracy(Path()), ITEMS, rows + ours, CODECS, (), "m", (), groups)
+    point = codecs["jpeg"]["points"][0]
+    assert point["score_high"] - point["score_low"] == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(40), rel=0.1)
+    # McNemar's test takes items as independent.
+    assert {pair["test"] for pair in perception["pairs"]} == {"paired bootstrap"}
+
+
 def test_without_any_common_item_there_is_no_summary():
     with pytest.raises(UsageError, match="problems"):
         summary([], facts(jpeg="classical"))
@@ -216,7 +244,9 @@ def test_pairs_are_of_nearly_equal_rates_and_tested_on_the_same_items():
     assert (first["score_a"], first["score_b"]) == (0.3, 0.45)
     # 60 items are right with ours alone, none with JPEG alone.
     assert first["test"] == "McNemar exact" and first["p"] == pytest.approx(2 * 0.5**60)
+    # Nothing differs in 400 items, which leaves room for 3 in 400.
     assert last["difference"] == 0 and last["p"] == 1
+    assert last["high"] == -last["low"] == pytest.approx(3 / 400, rel=0.01)
     assert first["p_adjusted"] == pytest.approx(2 * first["p"])
 
 
@@ -242,18 +272,23 @@ def first_finding(points: dict[float, tuple[float, float]]) -> str:
 def test_the_first_finding_holds_where_the_learned_codec_wins():
     found = first_finding({1: (0.19, 0.6), 2: (0.38, 0.7), 3: (0.58, 0.8), 4: (1.1, 0.87)})
     assert " holds: " in found
-    assert "HYPERPRIOR is above JPEG at 3 of 3 points (0 of 4 in reverse)," in found
+    assert "HYPERPRIOR is above JPEG at 3 of 4 points (0 of 4 in reverse)," in found
+
+
+def test_it_holds_in_part_where_the_learned_codec_wins_at_half_of_its_points_at_most():
+    found = first_finding({1: (0.19, 0.6), 2: (0.38, 0.7), 3: (0.58, 0.7), 4: (1.1, 0.87)})
+    assert " holds in part: " in found and "at 2 of 4 points (0 of 4 in reverse)," in found
 
 
 def test_it_does_not_where_the_learned_codec_loses():
     found = first_finding({1: (0.21, 0.1), 2: (0.42, 0.2), 3: (0.62, 0.3), 4: (1.1, 0.4)})
     assert "does not hold: " in found
-    assert "JPEG at 0 of 3 points (4 of 4 in reverse)," in found
+    assert "JPEG at 0 of 4 points (4 of 4 in reverse)," in found
 
 
-def test_it_holds_in_part_where_curves_cross():
+def test_it_does_not_hold_where_curves_cross():
     found = first_finding({1: (0.19, 0.6), 4: (1.1, 0.4)})
-    assert "holds in part: " in found
+    assert "does not hold: " in found and "at 1 of 2 points (3 of 4 in reverse)," in found
 
 
 def test_it_is_undecided_where_nothing_differs():
@@ -263,7 +298,7 @@ def test_it_is_undecided_where_nothing_differs():
 
 def test_a_higher_score_at_a_higher_rate_proves_nothing():
     found = first_finding({4: (2.0, 0.89)})
-    assert "is undecided: " in found and "JPEG at 0 of 0 points" in found
+    assert "is undecided: " in found and "JPEG at 0 of 1 points" in found
 
 
 def test_one_classical_codec_that_is_not_beaten_spoils_it():
@@ -271,8 +306,8 @@ def test_one_classical_codec_that_is_not_beaten_spoils_it():
     avif = rows_of("avif", {1: (0.19, 0.75), 2: (0.38, 0.8)})
     codecs = facts(jpeg="classical", avif="classical", hyperprior="compand")
     found = summary(JPEG + avif + ours, codecs)[1]["findings"][0]
-    assert "holds in part: " in found
-    assert "JPEG at 2 of 2 points (0 of 1 in reverse), AVIF at 0 of 2 points (2 of 2 in reverse)," in found
+    assert "does not hold: " in found
+    assert "JPEG at 2 of 2 points (0 of 4 in reverse), AVIF at 0 of 2 points (2 of 2 in reverse)," in found
 
 
 @pytest.mark.parametrize(
@@ -280,7 +315,7 @@ def test_one_classical_codec_that_is_not_beaten_spoils_it():
 )
 def test_it_needs_both_kinds_of_codec(codecs, wanting):
     found = summary(JPEG, codecs)[1]["findings"][0]
-    assert "not tested" in found and f"a {wanting} codec" in found
+    assert f"not tested: no {wanting} codec" in found
 
 
 # --------------------------------------------------------------------------------------------------- finding 2
@@ -335,6 +370,34 @@ def test_a_perceptual_metric_stands_in_for_a_deep_one_and_is_called_so():
     assert "LPIPS" in second_finding(
         [PSNR, MS_SSIM, LPIPS], psnr=misled, ms_ssim=tracking, lpips=lambda a, c: 1 - a
     )
+
+
+def test_the_number_of_candidates_is_stated():
+    alone = second_finding([PSNR, LPIPS], psnr=misled, lpips=lambda a, codec: 1 - a)
+    assert "(the only candidate)." in alone
+    both = second_finding(
+        [PSNR, LPIPS, DISTS], psnr=misled, lpips=lambda a, codec: 1 - a, dists=lambda a, codec: a
+    )
+    assert "(the best of 2 candidates: the interval of the difference is Bonferroni-adjusted" in both
+
+
+def test_the_best_of_several_metrics_needs_the_wider_interval():
+    noise = np.random.default_rng(3)
+    points = {quality: (quality / 10, 0.1 * quality) for quality in range(1, 9)}
+    rows = rows_of(
+        "jpeg",
+        points,
+        psnr=lambda quality, place: 30 + noise.normal(),
+        lpips=lambda quality, place: noise.normal(1 - 0.1 * quality, 3),
+        dists=lambda quality, place: quality,
+    )
+    widths = []
+    for metrics in ([PSNR, LPIPS], [PSNR, LPIPS, DISTS]):
+        found = summary(rows, facts(jpeg="classical"), metrics)[1]["findings"][1]
+        ends = re.search(r"for LPIPS .* difference of \S+ \[(\S+), (\S+)\]", found)
+        assert ends is not None
+        widths.append(float(ends[2]) - float(ends[1]))
+    assert widths[1] > widths[0] > 0
 
 
 def test_few_points_are_called_few():
@@ -392,6 +455,23 @@ def test_the_third_finding_states_gain_and_price():
     assert table[1]["score_low"] < table[1]["score"] == 0.5 < table[1]["score_high"]
 
 
+def test_p_of_the_third_finding_is_adjusted_for_the_number_of_models():
+    # 6 items more are right with the second model: p is 2 / 2^6 = 0.031 alone, and 0.094 as one of three.
+    accuracies = dict.fromkeys((5, 10, 20, 50), 0.515)
+    names = ("a-v1", "b-v1", "c-v1")
+    rows = JPEG
+    for name in names:
+        rows = with_second_model(rows, accuracies, 0.9, name)
+    one = [TrainedOn("a-v1", "jpeg", 10.0)]
+    three = [TrainedOn(name, "jpeg", 10.0) for name in names]
+    alone, together = (
+        summary(rows, facts(jpeg="classical"), lossy_models=models)[1]["findings"][2]
+        for models in (one, three)
+    )
+    assert " holds: " in alone and "p = 0.031, 0.031 by Holm's method over 1 models" in alone
+    assert "is undecided: " in together and "p = 0.031, 0.094 by Holm's method over 3 models" in together
+
+
 @pytest.mark.parametrize(
     ("accuracy", "verdict"), [(0.3, "does not hold: "), (0.5, "is undecided: "), (0.6, " holds: ")]
 )
@@ -401,21 +481,36 @@ def test_verdicts_of_the_third_finding(accuracy, verdict):
     assert verdict in found[1]["findings"][2]
 
 
-def test_the_nearest_measured_quality_and_version_are_taken_and_named():
+@pytest.mark.parametrize("quality", [1.0, 2.0])
+def test_only_the_quality_that_a_model_was_trained_on_counts(quality):
     points = {1: (0.2, 0.4), 4: (0.6, 0.7)}
     rows = with_second_model(rows_of("hyperprior-v1", points), {1: 0.5, 4: 0.75}, 0.9)
     codecs = {"hyperprior-v1": {"title": "hyperprior-v1", "kind": "compand", "note": ""}}
-    found = summary(rows, codecs, lossy_models=[TrainedOn("robust-v1", "hyperprior", 2.0)])
-    assert (
-        "trained on hyperprior q2, has a top-1 accuracy of 0.500 on hyperprior-v1 q1 "
-        in found[1]["findings"][2]
-    )
+    found = summary(rows, codecs, lossy_models=[TrainedOn("robust-v1", "hyperprior", quality)])
+    finding = found[1]["findings"][2]
+    if quality == 1:
+        assert "trained on hyperprior q1, has a top-1 accuracy of 0.500 on hyperprior-v1 q1 " in finding
+    else:
+        assert "trained on hyperprior q2, was not tested at the trained quality" in finding
+        assert "holds" not in finding
+
+
+def test_a_codec_without_its_version_is_none_of_several():
+    names = ("hyperprior-v1", "hyperprior-v2")
+    rows = [row for name in names for row in rows_of(name, {1: (0.2, 0.4)})]
+    rows = with_second_model(rows, {1: 0.6}, 0.9)
+    codecs = {name: {"title": name, "kind": "compand", "note": ""} for name in names}
+
+    def finding(codec: str) -> str:
+        return summary(rows, codecs, lossy_models=[TrainedOn("robust-v1", codec, 1.0)])[1]["findings"][2]
+
+    assert "was not tested" in finding("hyperprior") and "on hyperprior-v2 q1 " in finding("hyperprior-v2")
 
 
 def test_a_model_whose_codec_is_not_measured_is_said_to_be_untested():
     rows = with_second_model(JPEG, dict.fromkeys((5, 10, 20, 50), 0.5), 0.9)
     found = summary(rows, facts(jpeg="classical"), lossy_models=[TrainedOn("robust-v1", "webp", 5.0)])
-    assert "not tested, since webp is not in the run" in found[1]["findings"][2]
+    assert "was not tested at the trained quality, which is not in the run" in found[1]["findings"][2]
 
 
 def test_a_second_model_trained_on_clean_items_is_tabled_but_no_finding():
@@ -466,3 +561,9 @@ def test_scores_that_are_not_accuracies_are_compared_by_bootstrap():
     assert point["kbps"] == pytest.approx(6) and point["kbps_payload"] == pytest.approx(5)
     assert point["score_drop"] == pytest.approx(4, abs=0.2)
     assert " holds: " in perception["findings"][0]
+    assert (
+        "rates include the container, without which they are, in kbps: OPUS 5 to 5, MINE 4.9 to 4.9."
+        in (perception["findings"][0])
+    )
+    assert (pair["rate_payload_a"], pair["rate_payload_b"]) == pytest.approx((5, 4.9))
+    assert "rates include the container" in perception["pairs_difference"]

@@ -18,7 +18,8 @@ from PIL import Image
 
 from compand import cli as library_cli
 from compand.errors import CompandError, UsageError
-from compand.eval import cli, rd
+from compand.eval import cli, rd, runner
+from compand.eval.decoder import Decoder
 from compand.eval.items import Item, find_items
 from compand.eval.measurements import MEASUREMENTS, Store
 from compand.eval.rd import Options
@@ -158,26 +159,26 @@ def test_examples_are_spread_evenly_and_have_folders_of_their_own():
 # ------------------------------------------------------------------------------------ Bjontegaard deltas
 
 
-def summary_of(tmp_path, names, points, **options):
-    """The summary of a run with these (rate, PSNR) of the codecs, equal for every item."""
+def summary_of(tmp_path, names, points, *, metric="psnr", **options):
+    """The summary of a run with these rates and figures of the codecs, equal for every item."""
     description = {
         "kind": "rd", "medium": "image", "data": "photos", "items": dict.fromkeys(names, "0"),
-        "metrics": ["psnr"], "plugins": [],
+        "metrics": [metric], "plugins": [],
     }  # fmt: skip
     with Store.open(tmp_path / "out", description, force=(tmp_path / "out").exists()) as store:
         for codec, curve in points.items():
             fact = {"title": codec.upper(), "kind": "classical", "note": "", "identity": "1"}
             store.add_codecs({codec: fact})
-            for quality, (rate, psnr) in enumerate(curve):
+            for quality, (rate, figure) in enumerate(curve):
                 for name in options.get("items", {}).get(codec, names):
                     store.append(
                         {
                             "item": name, "medium": "image", "codec": codec, "identity": "1", "quality": quality,
-                            "bytes": 1, "overhead_bytes": 0, "bpp": rate, "psnr": psnr,
+                            "bytes": 1, "overhead_bytes": 0, "bpp": rate, metric: figure,
                         }
                     )  # fmt: skip
-        metrics = [rd.Metric("psnr", "PSNR", "dB", "higher", "image")]
-        overlay = rd.published_curves(options.get("published", "auto"), names)
+        metrics = [rd.Metric(metric, metric.upper(), "dB", "higher", "image")]
+        overlay = rd.published_curves(options.get("published", "auto"), names, "image")
         return rd.summarise(store, metrics, options["anchor"], overlay, [], [])
 
 
@@ -203,20 +204,14 @@ def test_deltas_of_measured_codecs(tmp_path):
 def test_deltas_count_the_items_that_both_have(tmp_path):
     """Were each mean over its own items, a codec that fails on hard items would win."""
     curve = [(0.1, 28.0), (0.4, 32.0)]
-    names = ["a.png", "b.png", "c.png"]
-    summary = summary_of(
-        tmp_path, names, {"jpeg": curve, "webp": curve}, anchor="jpeg", items={"webp": ["b.png"]}
-    )
+    names = [f"{number:02}.png" for number in range(20)]
+    both = {"jpeg": curve, "webp": curve}
+    summary = summary_of(tmp_path, names, both, anchor="jpeg", items={"webp": names[1:]})
     assert summary["bd"]["rows"][0]["bd_rate"] == pytest.approx(0)
-    assert "WEBP: means are over 1 of 3 items, those without a problem" in summary["notices"]
-    summary = summary_of(
-        tmp_path,
-        names,
-        {"jpeg": curve, "webp": curve},
-        anchor="jpeg",
-        items={"jpeg": ["a.png"], "webp": ["b.png"]},
-    )
+    assert "WEBP: means are over 19 of 20 items, those measured at every point" in summary["notices"]
+    summary = summary_of(tmp_path, names, both, anchor="jpeg", items={"webp": names[3:]})
     assert "no item was measured with both" in summary["bd"]["rows"][0]["reason"]
+    assert summary["codecs"]["webp"]["points"] == []
 
 
 KODAK = [f"kodim{number:02}.png" for number in range(1, 25)]
@@ -253,18 +248,51 @@ def test_published_curves_are_means_over_all_24_images(tmp_path):
     assert "vtm" in summary_of(tmp_path, ["a.png"], {"ours": curve}, anchor=None, published="kodak")["codecs"]
 
 
+def test_nothing_is_compared_with_published_curves_on_other_images(tmp_path):
+    curve = [(0.1, 28.0), (0.4, 32.0)]
+    points = {"jpeg": curve, "ours": curve}
+    for names in (["a.png"], KODAK[1:], [*KODAK, "kodim25.png"]):
+        summary = summary_of(tmp_path, names, points, anchor="jpeg", published="kodak")
+        assert summary["codecs"]["vtm"]["points"]
+        assert [row["codec"] for row in summary["bd"]["rows"]] == ["ours"]
+        assert any("not compared with" in notice for notice in summary["notices"])
+        assert not any("PSNR at equal rate" in notice for notice in summary["notices"])
+        rows = summary_of(tmp_path, names, points, anchor="vtm", published="kodak")["bd"]["rows"]
+        assert [(row["codec"], row["bd_rate"]) for row in rows] == [("jpeg", None), ("ours", None)]
+        assert all("24 Kodak images, which these items are not" in row["reason"] for row in rows)
+
+
+def test_sounds_have_no_published_curves(tmp_path):
+    assert rd.published_curves("auto", [f"kodim{number:02}.wav" for number in range(1, 25)], "audio") == {}
+    (tmp_path / "tone.wav").write_bytes(b"nothing reads this")
+    with pytest.raises(UsageError, match="--published kodak has no curves for audio"):
+        evaluate(tmp_path / "tone.wav", tmp_path / "out", codecs=["flac"], metrics=["sdr"], published="kodak")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_anchor_without_a_published_curve_of_the_metric_is_a_reason(tmp_path):
+    summary = summary_of(
+        tmp_path, KODAK, {"jpeg": [(0.1, 0.9), (0.4, 0.95)]}, anchor="elic2022", metric="ms_ssim"
+    )
+    row = summary["bd"]["rows"][0]
+    assert (row["codec"], row["reason"]) == ("jpeg", "ELIC (He 2022) has no published MS_SSIM")
+    text = rd.deltas_table(summary)
+    assert text.startswith("AGAINST ELIC (He 2022) (published)")
+
+
 def test_an_anchor_must_be_among_the_curves():
-    chosen = {"jpeg": (1.0,), "webp": (1.0,)}
-    overlay = rd.published_curves("kodak", [])
-    assert rd._anchor(None, chosen, "image", overlay) == "vtm"
-    assert rd._anchor(None, chosen, "image", {}) == "jpeg"
-    assert rd._anchor(None, {"webp": (1.0,)}, "image", {}) is None
-    assert rd._anchor("webp", chosen, "image", overlay) == "webp"
-    assert rd._anchor("bpg", chosen, "image", overlay) == "bpg"
+    names = ["jpeg", "webp"]
+    overlay = rd.published_curves("kodak", [], "image")
+    assert rd._anchor(None, names, "image", overlay, comparable=True) == "vtm"
+    assert rd._anchor(None, names, "image", overlay, comparable=False) == "jpeg"
+    assert rd._anchor(None, names, "image", {}, comparable=True) == "jpeg"
+    assert rd._anchor(None, ["webp"], "image", overlay, comparable=False) is None
+    assert rd._anchor("webp", names, "image", overlay, comparable=True) == "webp"
+    assert rd._anchor("bpg", names, "image", overlay, comparable=False) == "bpg"
     with pytest.raises(UsageError, match="--anchor avif is not measured"):
-        rd._anchor("avif", chosen, "image", overlay)
+        rd._anchor("avif", names, "image", overlay, comparable=True)
     with pytest.raises(UsageError, match="unknown"):
-        rd._anchor("nonsense", chosen, "image", overlay)
+        rd._anchor("nonsense", names, "image", overlay, comparable=True)
 
 
 # ------------------------------------------------------------------------------------------- what fails
@@ -312,11 +340,11 @@ def test_a_fault_of_a_codec_costs_one_item(photos, tmp_path):
 
 
 def test_what_failed_is_tried_again(photos, tmp_path):
-    assert evaluate(photos, tmp_path / "out", codecs=["jpeg"], qualities="jpeg=50,2000") == 1
+    assert evaluate(photos, tmp_path / "out", codecs=["raw"], qualities="raw=4,20") == 1
     summary = results(tmp_path / "out")["summary"]
     assert len(summary["problems"]) == 3
-    assert [point["quality"] for point in summary["codecs"]["jpeg"]["points"]] == [50]
-    assert evaluate(photos, tmp_path / "out", codecs=["jpeg"], qualities="jpeg=50,90") == 0
+    assert [point["quality"] for point in summary["codecs"]["raw"]["points"]] == [4]
+    assert evaluate(photos, tmp_path / "out", codecs=["raw"], qualities="raw=4,6") == 0
     assert results(tmp_path / "out")["summary"]["problems"] == []
 
 
@@ -468,6 +496,81 @@ def test_codecs_and_qualities_are_added_to_a_finished_run(photos, tmp_path):
     assert [[point["quality"] for point in codec["points"]] for codec in codecs.values()] == [[50, 90], [2]]
 
 
+def test_further_metrics_do_not_cost_those_measured_before(photos, tmp_path):
+    for place in range(3):
+        write_picture(photos / f"large{place}.png", (170, 180), seed=place)
+    chosen = {"codecs": ["raw"], "qualities": "raw=2"}
+    assert evaluate(photos, tmp_path / "out", **chosen, metrics=["psnr"]) == 0
+    before = [row["psnr"] for row in results(tmp_path / "out")["rows"]]
+    assert evaluate(photos, tmp_path / "out", **chosen, metrics=["ms_ssim"]) == 1  # three are too small
+    content = results(tmp_path / "out")
+    assert [row["psnr"] for row in content["rows"]] == before
+    assert [metric["name"] for metric in content["summary"]["metrics"]] == ["psnr", "ms_ssim"]
+    (point,) = content["summary"]["codecs"]["raw"]["points"]
+    assert (point["items"], point["ms_ssim_items"]) == (6, 3)
+    assert point["psnr"] == pytest.approx(np.mean(before))
+    assert [
+        entry["versions"].keys() >= {"python", "numpy"} for entry in content["provenance"]["earlier"]
+    ] == [True]
+
+
+def test_a_metric_that_fails_is_measured_again_and_an_unfit_item_is_not(photos, tmp_path, monkeypatch):
+    items, _ = find_items(photos)
+    setup = runner.Setup(("psnr", "ms_ssim", "lpips"), (), None, runner.load, 1, tmp_path)
+
+    def measure(metric, original, decoded):
+        if metric == "ms_ssim":
+            raise UsageError("too small: leave it out")
+        if metric == "lpips":
+            raise RuntimeError("out of luck in /home/ann/weights.pth")
+        return 30.0
+
+    monkeypatch.setattr(runner, "measure", measure)
+    with Decoder(threads=1) as decoder:
+        unit = runner.Unit(items[0], "jpeg", "jpeg", (50.0,), None)
+        (row,) = runner._Measurer(setup, decoder).measured(unit)
+    assert (row["psnr"], row["ms_ssim"]) == (30.0, None)
+    assert "lpips" not in row
+    assert row["problems"] == [
+        "a.png: too small: leave it out",
+        "a.png: unexpected RuntimeError: out of luck in weights.pth; COMPAND_DEBUG=1 shows where",
+    ]
+
+
+def test_an_unfinished_quality_of_an_earlier_run_does_not_shrink_the_others(photos, tmp_path):
+    assert evaluate(photos, tmp_path / "out", codecs=["raw"], qualities="raw=2,6") == 0
+    lines = (tmp_path / "out" / MEASUREMENTS).read_text().splitlines()
+    kept = [line for line in lines if '"quality": 2.0' in line or '"item": "a.png"' in line]
+    (tmp_path / "out" / MEASUREMENTS).write_text("\n".join([*kept, ""]))
+    assert evaluate(photos, tmp_path / "out", codecs=["raw"], qualities="raw=2,4") == 0
+    summary = results(tmp_path / "out")["summary"]
+    points = summary["codecs"]["raw"]["points"]
+    assert [(point["quality"], point["items"]) for point in points] == [(2, 3), (4, 3)]
+    assert any("quality 6 is left out, it has 1 of 3 items" in notice for notice in summary["notices"])
+
+
+def test_no_folder_of_this_machine_is_in_the_results(photos, tmp_path, monkeypatch):
+    (photos / "broken.png").write_bytes(b"nonsense")
+    write_picture(photos / "unfit.png", red=UNFIT)
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["compand", "eval", "rd", str(photos), f"--output={out}"])
+    assert evaluate(photos, out, codecs=["faulty"], qualities="faulty=8") == 1
+    text = (out / "results.json").read_text()
+    assert "broken.png" in text
+    assert str(tmp_path) not in text
+    assert results(out)["provenance"]["command"] == "compand eval rd photos --output=out"
+
+
+def test_audio_results_inside_the_data_folder_do_not_make_it_mixed(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / "tone.wav", 0.3 * np.sin(np.arange(4000) * 0.1), 8000)
+    out = tmp_path / "out"
+    assert evaluate(tmp_path, out, codecs=["identity"], metrics=["sdr"], examples=1) == 0
+    write_picture(out / "plot.png")
+    assert evaluate(tmp_path, out, codecs=["identity", "flac"], metrics=["sdr"], examples=1) == 0
+    assert {row["item"] for row in results(out)["rows"]} == {"tone.wav"}
+
+
 def test_results_inside_the_data_folder_are_no_items(photos, tmp_path):
     for _ in range(2):
         assert evaluate(photos, photos / "out", codecs=["raw"], qualities="raw=2", examples=1) == 0
@@ -512,6 +615,10 @@ def test_qualities_by_codec_and_for_all_of_compand():
         (["jpeg"], "jpeg=high", "no numbers"),
         (["jpeg"], "jpeg=1;jpeg=2", "twice"),
         (["opus"], None, "opus"),
+        (["jpeg"], "jpeg=50,2000", "jpeg has no quality 2000: choose 1 to 100"),
+        (["jpeg"], "jpeg=50.5", "jpeg has no quality 50.5: choose a whole number"),
+        (["hyperprior", "jpeg"], "1,9", "hyperprior-v1 has no quality 9"),
+        (["identity"], "identity=2", "identity has no quality 2"),
     ],
 )
 def test_a_selection_that_cannot_be_meant_is_refused(codecs, qualities, fact):

@@ -25,6 +25,7 @@ from compand.eval import cli
 from compand.eval.report import MEGABYTES, PAGE, write
 from compand.eval.report import examples as examples_module
 from compand.eval.report.examples import ORIGINAL, REGION, SECONDS, select
+from compand.eval.report.page import _flat
 from compand.eval.report.plots import DARK, LIGHT, looks, plots
 from compand.eval.report.results import PUBLISHED, Codec, Metric, Results, read_results
 from compand.eval.report.tables import decimals, shown
@@ -740,6 +741,23 @@ def test_results_without_examples_and_problems(tmp_path, hopper):
     page = page_of(out)
     Page(page)
     assert all(f'id="{name}"' not in page for name in ("problems", "notices", "bd", "examples"))
+
+
+def test_every_run_of_a_continued_folder_has_its_origin():
+    first = {"command": "compand eval rd x", "hardware": {"cores": 2}, "versions": {"numpy": "1"}}
+    terms = dict(_flat({"command": "compand eval rd y", "earlier": [first, first]}))
+    assert terms == {
+        "command": "compand eval rd y",
+        **{
+            f"earlier {place}: {key}": value
+            for place in (1, 2)
+            for key, value in (
+                ("command", "compand eval rd x"),
+                ("hardware: cores", "2"),
+                ("versions", "numpy 1"),
+            )
+        },
+    }
 
 
 def test_command_draws_again(images, tmp_path, capsys):

@@ -16,6 +16,7 @@ from compand.eval.perception.statistics import (
     compare,
     drop_correlation,
     holm,
+    interval,
     mcnemar,
     rank_correlation,
     scored,
@@ -142,12 +143,51 @@ def test_swapping_turns_the_difference_around():
         assert other.p == one.p
 
 
-@pytest.mark.parametrize("pairwise", ["mcnemar", "bootstrap"])
-def test_equal_outcomes_differ_by_exactly_nothing(pairwise):
+def test_equal_outcomes_have_no_difference():
     outcomes = right(np.arange(60) % 3 > 0)
-    result = compared(Bootstrap(60), outcomes, outcomes.copy(), pairwise)
+    result = compared(Bootstrap(60), outcomes, outcomes.copy())
     assert result.difference == (0, 0, 0)
     assert result.p == 1
+
+
+def test_no_item_that_differs_leaves_a_difference_open_by_the_rule_of_three():
+    outcomes = right(np.arange(60) % 3 > 0)
+    result = compared(Bootstrap(60), outcomes, outcomes.copy(), "mcnemar")
+    assert result.difference.value == 0 and result.p == 1
+    assert result.difference.high == -result.difference.low == pytest.approx(3 / 60, rel=0.05)
+    # A share of differing items at the end of the interval shows in none of 60 with a probability of 5 %.
+    assert (1 - result.difference.high) ** 60 == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("correct", [0, 1, 30, 40])
+def test_the_interval_of_right_or_wrong_is_wilsons(correct):
+    value, low, high = scored(Bootstrap(40), accuracy, right(np.arange(40) < correct), "mcnemar").score
+    z = stats.norm.ppf(0.975)
+    middle = (correct + z**2 / 2) / (40 + z**2)
+    half = z / (40 + z**2) * math.sqrt(correct * (40 - correct) / 40 + z**2 / 4)
+    assert value == correct / 40
+    assert (low, high) == pytest.approx((middle - half, middle + half), abs=1e-12)
+    assert high - low > 0.08
+
+
+def test_items_of_a_group_are_drawn_together():
+    groups = [f"clip {place // 4}" for place in range(20)]
+    bootstrap = Bootstrap(20, 2000, groups=groups)
+    drawn = bootstrap.sums(np.eye(20)).reshape(-1, 5, 4)
+    assert bootstrap.grouped and (drawn == drawn[..., :1]).all()
+    assert np.array_equal(drawn[..., 0].sum(1), np.full(2000, 5)) and drawn.std() > 0.5
+    # Items of a clip that agree are worth one: the interval is wider by the root of the number of items in a group.
+    flags = right(np.repeat([1, 0, 1, 0, 1], 4))
+    spread = [scored(chosen, accuracy, flags).samples.std() for chosen in (bootstrap, Bootstrap(20, 2000))]
+    assert spread[0] / spread[1] == pytest.approx(2, rel=0.1)
+    alone = Bootstrap(20, 50, groups=[str(place) for place in range(20)])
+    assert not alone.grouped and np.array_equal(alone.sums(np.eye(20)), Bootstrap(20, 50).sums(np.eye(20)))
+
+
+def test_an_interval_of_another_level():
+    samples = np.arange(1001.0)
+    assert interval(500, samples, 0.99)[1:] == pytest.approx((5, 995))
+    assert interval(500, samples)[1:] == pytest.approx((25, 975))
 
 
 def test_the_paired_bootstrap_agrees_with_the_t_test():

@@ -56,6 +56,33 @@ def test_everything_that_is_named_keeps_the_contract(medium: str):
         assert (again.name, again.identity) == (name, subject.identity)
 
 
+@pytest.mark.parametrize(
+    ("name", "medium", "right", "wrong"),
+    [
+        ("jpeg", "image", 50.0, (0.0, 101.0, 50.5)),
+        ("jpeg-9d", "image", 50.0, (0.0, 50.5)),
+        ("avif", "image", 50.0, (-1.0, 50.5)),
+        ("png", "image", 9.0, (10.0, 0.5)),
+        ("webp", "image", 50.5, (-1.0, 101.0)),
+        ("jpeg2000", "image", 0.125, (0.0, 25.0)),
+        ("identity", "image", 1.0, (2.0,)),
+        ("hyperprior", "image", 2.5, (0.5, 9.0)),
+        ("flac", "audio", 24.0, (16.5, 20.0)),
+        ("opus", "audio", 6.5, (5.0, 300.0)),
+        ("identity", "audio", 1.0, (0.0,)),
+    ],
+)
+def test_a_quality_that_a_codec_has_not_is_refused_before_coding(name, medium, right, wrong):
+    try:
+        subject = subjects.find(name, medium)
+    except UsageError as error:
+        pytest.skip(str(error))
+    subject.check_quality(right)
+    for quality in wrong:
+        with pytest.raises(UsageError, match=f"has no quality {quality:g}: choose"):
+            subject.check_quality(quality)
+
+
 def test_a_codec_name_means_its_newest_checkpoint():
     info = checkpoint.find("hyperprior")
     subject = subjects.find("hyperprior")

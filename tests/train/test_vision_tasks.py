@@ -86,7 +86,7 @@ def test_a_classifier_is_trained_and_written(pair, tmp_path, capsys):
     arguments = (*SMALL_IMAGENETTE, "--data.plain=true", "--trainer.max_steps=40", "--model.lr=0.05")
     fit("imagenette.yaml", pair, tmp_path, folder, *arguments)
     card = (folder / "CARD.md").read_text()
-    stated = float(re.search(r"top-1 accuracy on the undamaged test items: (\S+)", card)[1])  # type: ignore[index]
+    stated = float(re.search(r"top-1 accuracy on the 8 undamaged test items: (\S+)", card)[1])  # type: ignore[index]
     assert stated >= 0.85 and "40 steps" in card and "on undamaged items" in card
     assert f"top-1 accuracy {stated:.4f} on 8 undamaged test items" in capsys.readouterr().out
     model = models.load_model(folder)

@@ -25,6 +25,12 @@ class Digits(ClassificationTask):
     kinds = ("sound-classifier", "recogniser")
     default_model = "digits-classifier"
     labels = tuple("0123456789")
+    caveats = (
+        "speakers of the test recordings are those of the training set, and few: intervals, which are over recordings, "
+        "say nothing of other speakers",
+        "recordings last about half a second, so that the container's overhead is most of a file at low rates: compare "
+        "rates without it, where they are known",
+    )
     spellings = MappingProxyType(
         {
             "zero": 0, "oh": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from compand.errors import MediaError
 from compand.eval.items import Item
-from compand.eval.perception.task import ClassificationTask, TaskItem
+from compand.eval.perception.task import JPEG_CAVEAT, ClassificationTask, TaskItem
 from compand.pictures import is_image_path
 
 SYNSETS = {
@@ -38,6 +38,7 @@ class Imagenette(ClassificationTask):
     kinds = ("image-classifier",)
     default_model = "imagenette-classifier"
     labels = tuple(SYNSETS.values())
+    caveats = (JPEG_CAVEAT,)
     foreign_classes = {1000: dict(zip(IMAGENET, range(10), strict=True))}  # noqa: RUF012 (ClassVar of the base)
 
     def items(self) -> list[TaskItem]:

@@ -20,6 +20,9 @@ class Keywords(ClassificationTask):
     kinds = ("sound-classifier", "recogniser")
     default_model = "keywords-classifier"
     labels = ("alexa", "computer", "jarvis", "smart mirror", "snowboy", "view glass")
+    caveats = (
+        "whether speakers of the test recordings were heard in training is unknown: their names do not say who speaks",
+    )
 
     def items(self) -> list[TaskItem]:
         return self.labelled(self.data / "val" if (self.data / "val").is_dir() else self.data)
