@@ -263,7 +263,7 @@ def _decode(
     subject = subjects.get((codec, medium))
     if subject is None:
         subject = subjects[codec, medium] = find(codec, medium)
-        subject.load()
+        subject.prepare()
     data = Path(file).read_bytes()
     start = time.perf_counter()
     decoded = subject.decode(data)

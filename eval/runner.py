@@ -390,7 +390,7 @@ class _Measurer:
     def _subject(self, source: str, medium: str) -> Subject:
         if (source, medium) not in self._subjects:
             subject = known.find(source, medium)
-            subject.load()
+            subject.prepare()
             self._subjects[source, medium] = subject
         return self._subjects[source, medium]
 

@@ -56,7 +56,7 @@ class Subject(ABC):
         """See the class."""
         return self.name
 
-    def load(self) -> None:  # noqa: B027 (most subjects have nothing to load)
+    def prepare(self) -> None:  # noqa: B027 (most subjects have nothing to load)
         """Loads what coding needs, so that the first file takes no longer than others."""
 
     @abstractmethod
@@ -127,7 +127,7 @@ class CompandSubject(Subject):
 
         return build(self._info, self._device)
 
-    def load(self) -> None:
+    def prepare(self) -> None:
         """Loads the model. Raises CheckpointError if it is damaged."""
         self.codec  # noqa: B018 (a cached property)
 

@@ -173,11 +173,11 @@ def compare(first: Scored, second: Scored, pairwise: str = "bootstrap") -> Compa
     samples = first.samples - second.samples
     difference = interval(first.score.value - second.score.value, samples)
     if pairwise == "mcnemar":
-        right = [_right(each.outcomes) for each in (first, second)]
-        if np.array_equal(*right):
-            bound = 1 - (1 - LEVEL) ** (1 / right[0].size)
+        right, other = _right(first.outcomes), _right(second.outcomes)
+        if np.array_equal(right, other):
+            bound = 1 - (1 - LEVEL) ** (1 / right.size)
             difference = Interval(0.0, -bound, bound)
-        return Comparison(difference, mcnemar(*right), "McNemar exact")
+        return Comparison(difference, mcnemar(right, other), "McNemar exact")
     if pairwise != "bootstrap":
         raise UsageError(f"test {pairwise} does not exist: choose mcnemar or bootstrap")
     # The observed difference counts as one more sample, so that p is never 0 (Davison and Hinkley 1997, eq. 4.11).
