@@ -534,11 +534,12 @@ def _second_finding(
     deep = [name for name in correlations if name in DEEP]
     others = deep or [name for name in correlations if name not in _SIGNAL_METRICS]
     if signal not in correlations or not others:
-        why = (
-            "want of three lossy points"
-            if len(points) < 3
-            else f"want of {against} or of a metric to hold against it"
-        )
+        if len(points) < 3:
+            why = "want of three lossy points"
+        elif len({point.scored.score.value for point in points}) == 1:
+            why = "the score is the same at every point"
+        else:
+            why = f"want of {against} or of a metric to hold against it"
         return f"{claim}: not tested, for {why}."
     best = max(others, key=lambda name: correlations[name].rho.value)
     # The best of several is favored by chance: each interval leaves out its share of the 5 % alone (Bonferroni).

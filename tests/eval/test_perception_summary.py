@@ -372,6 +372,17 @@ def test_a_perceptual_metric_stands_in_for_a_deep_one_and_is_called_so():
     )
 
 
+def test_a_score_that_never_drops_correlates_with_nothing():
+    rows = rows_of(
+        "jpeg",
+        {5: (0.2, CLEAN), 10: (0.4, CLEAN), 20: (0.6, CLEAN)},
+        psnr=lambda q, i: q,
+        ms_ssim=lambda q, i: q / 50,
+    )
+    perception = summary(rows, facts(jpeg="classical"), [PSNR, MS_SSIM])[1]
+    assert "not tested, for the score is the same at every point" in perception["findings"][1]
+
+
 def test_the_number_of_candidates_is_stated():
     alone = second_finding([PSNR, LPIPS], psnr=misled, lpips=lambda a, codec: 1 - a)
     assert "(the only candidate)." in alone
