@@ -282,11 +282,15 @@ class _Comparison:
         row = {"codec": name, **row, "reason": None}
         try:
             first, second = self._curves(anchor, name, metric)
-            rate, quality = bd_rate(first, second), bd_quality(first, second)
+            rate = bd_rate(first, second)
         except UsageError as error:
             return row | {"reason": str(error).partition(": ")[0]}
+        try:
+            difference = bd_quality(first, second).difference
+        except UsageError:  # the curves share qualities at rates that they do not share
+            difference = None
         low, high = sorted(abs(value) if metric.better == "lower" else value for value in rate[1:])
-        return row | {"bd_rate": rate.percent, "bd_psnr": quality.difference, "low": low, "high": high}
+        return row | {"bd_rate": rate.percent, "bd_psnr": difference, "low": low, "high": high}
 
     def _curves(self, anchor: str, name: str, metric: Metric) -> tuple[Curve, Curve]:
         """Both curves on the items that both have. Raises UsageError where there are none."""
@@ -467,5 +471,6 @@ def deltas_table(summary: Mapping[str, Any]) -> str:
             continue
         unit = f" {bd['unit']}" if bd["unit"] else ""
         overlap = f"{row['low']:.2f} to {row['high']:.2f}{unit}"
-        rows.append([label, f"{row['bd_rate']:+.1f} %", f"{row['bd_psnr']:+.2f}{unit}", overlap])
+        quality = "none" if row["bd_psnr"] is None else f"{row['bd_psnr']:+.2f}{unit}"
+        rows.append([label, f"{row['bd_rate']:+.1f} %", quality, overlap])
     return table([head, *rows])

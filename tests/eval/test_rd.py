@@ -201,6 +201,15 @@ def test_deltas_of_measured_codecs(tmp_path):
     assert "fewer than two lossy points" in exact["reason"]
 
 
+def test_curves_that_share_qualities_but_no_rate_have_a_rate_delta_alone(tmp_path):
+    curve = [(0.1, 28.0), (0.2, 30.0), (0.4, 32.0)]
+    points = {"jpeg": curve, "eightfold": [(8 * rate, psnr) for rate, psnr in curve]}
+    summary = summary_of(tmp_path, ["a.png"], points, anchor="jpeg")
+    row = summary["bd"]["rows"][0]
+    assert row["bd_rate"] == pytest.approx(700) and row["bd_psnr"] is None and row["reason"] is None
+    assert "+700.0 %  none" in rd.deltas_table(summary)
+
+
 def test_deltas_count_the_items_that_both_have(tmp_path):
     """Were each mean over its own items, a codec that fails on hard items would win."""
     curve = [(0.1, 28.0), (0.4, 32.0)]
