@@ -22,7 +22,7 @@ from compand.cli import table
 from compand.errors import MediaError, UsageError
 from compand.eval import subjects
 from compand.eval.anchors import MISSING
-from compand.eval.items import Item, Problem, Signal
+from compand.eval.items import Item, Problem, Signal, reason
 from compand.eval.measurements import EXAMPLES, RATES, Store, row_notices, write_results
 from compand.eval.metrics import Metric, for_medium
 from compand.eval.perception import adapters
@@ -155,7 +155,7 @@ def _hashed(task: Task, items: Sequence[TaskItem]) -> tuple[dict[str, str], list
         try:
             hashes[item.name] = task.content_hash(item)
         except MediaError as error:
-            problems.append(Problem(item.name, "", None, str(error)))
+            problems.append(Problem(item.name, "", None, reason(error, item.item)))
     if not hashes:
         raise UsageError(
             f"no item of {task.name} can be read, {problems[0].message if problems else 'none found'}"
