@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -15,10 +13,11 @@ from torch.nn import functional as F
 from compand.checkpoint import find
 from compand.codec import QUALITY_STEPS, Codec, level_table_at
 from compand.train.optim import MuonAdam
+from compand.train.schedule import TimedModule
 from compand.weights import warm_start
 
 
-class RateDistortion(pl.LightningModule):
+class RateDistortion(TimedModule):
     """Minimises the mean over sampled qualities q of w(q) (R + lambda(q) 255^2 D).
 
     R is in bits per pixel, D the mean squared error of samples in [0, 1]. Every item of a batch gets its own quality,
@@ -76,8 +75,6 @@ class RateDistortion(pl.LightningModule):
         self.register_buffer("log2_lambdas", torch.tensor(codec.lambdas).log2()[:, None], persistent=False)
         self.compile_transform, self.minutes = compile_transform, minutes
         self._analysis, self._synthesis = codec.transform.analysis, codec.transform.synthesis
-        self._elapsed = 0.0
-        self._last = 0.0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._static: tuple[Tensor, Tensor] | None = None
         self._warm = 0
@@ -157,7 +154,7 @@ class RateDistortion(pl.LightningModule):
         return self.cuda_graph and (self._trainer is None or self.trainer.world_size == 1)
 
     def on_train_start(self) -> None:
-        self._last = time.monotonic()
+        super().on_train_start()
         if self.compile_transform:
             transform = self.codec.transform
             self._analysis, self._synthesis = (
@@ -166,21 +163,7 @@ class RateDistortion(pl.LightningModule):
             )
 
     def _set_learning_rate(self, optimizer: Any) -> None:
-        now = time.monotonic()
-        self._elapsed, self._last = self._elapsed + now - self._last, now
-        progress = self.global_step / self.trainer.max_steps if self.trainer.max_steps > 0 else 0.0
-        if self.minutes is not None:
-            # The clocks of several processes differ; all follow the first, or their weights would drift apart.
-            elapsed = (
-                self._elapsed
-                if self.trainer.world_size == 1
-                else self.trainer.strategy.broadcast(self._elapsed)
-            )
-            progress = max(progress, elapsed / (60 * self.minutes))
-            self.trainer.should_stop = progress >= 1
-        cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
-        factor = self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine
-        factor *= min(1, (self.global_step + 1) / self.warmup_steps)
+        factor = self.learning_rate_factor()
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak_lr"]
 
@@ -194,11 +177,8 @@ class RateDistortion(pl.LightningModule):
                 print(f"trained: {final}; next: compand export {final} --data FOLDER")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["elapsed_seconds"] = self._elapsed
+        super().on_save_checkpoint(checkpoint)
         checkpoint["codec"] = {"name": self.codec.name, "architecture": self.codec.architecture}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._elapsed = checkpoint["elapsed_seconds"]
 
     def validation_step(self, image: Tensor, batch_index: int) -> None:
         """Estimated rate and PSNR of one whole image at every quality level.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,10 +14,11 @@ from torch import Tensor
 from compand.eval import subjects
 from compand.eval.perception.models import TaskNetwork, load_model, save_model
 from compand.eval.perception.task import find
+from compand.train.schedule import TimedModule
 from compand.weights import check_new
 
 
-class TaskTraining(pl.LightningModule):
+class TaskTraining(TimedModule):
     """Trains a task network with SGD and writes it, with averaged weights if the run keeps them, as a reference model.
 
     A subclass says what the loss of a batch is. The data module has the attributes `root` (the folder that the task
@@ -54,8 +53,6 @@ class TaskTraining(pl.LightningModule):
         self.task, self.output = task, Path(output)
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.warmup_steps, self.minutes = warmup_steps, minutes
-        self._elapsed = 0.0
-        self._last = 0.0
 
     @abstractmethod
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -83,24 +80,8 @@ class TaskTraining(pl.LightningModule):
     def on_fit_start(self) -> None:
         check_new(self.output)
 
-    def on_train_start(self) -> None:
-        self._last = time.monotonic()
-
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        now = time.monotonic()
-        self._elapsed, self._last = self._elapsed + now - self._last, now
-        progress = self.global_step / self.trainer.max_steps if self.trainer.max_steps > 0 else 0.0
-        if self.minutes is not None:
-            # The clocks of several processes differ; all follow the first, or their weights would drift apart.
-            elapsed = (
-                self._elapsed
-                if self.trainer.world_size == 1
-                else self.trainer.strategy.broadcast(self._elapsed)
-            )
-            progress = max(progress, elapsed / (60 * self.minutes))
-            self.trainer.should_stop = progress >= 1
-        factor = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
-        factor *= min(1, (self.global_step + 1) / self.warmup_steps)
+        factor = self.learning_rate_factor()
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = factor * self.lr
 
@@ -136,9 +117,3 @@ class TaskTraining(pl.LightningModule):
             "- data:\n- hardware:\n- command:\n- licence:\n",
             encoding="utf-8",
         )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["elapsed_seconds"] = self._elapsed
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._elapsed = checkpoint["elapsed_seconds"]

@@ -70,6 +70,8 @@ class Peer(Subject):
 
         from compand.weights import choose_device
 
+        if quality != int(quality):
+            raise UsageError(f"{self.name} has no quality {quality:g}: give a whole number")
         device = choose_device(self._device)
         torch.manual_seed(0)
         try:
