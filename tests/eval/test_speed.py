@@ -360,7 +360,7 @@ def test_a_peer_says_what_it_does_not_code(picture):
         peer.decode(b"")
     with pytest.raises(UsageError, match="has no quality 99"):
         peer.load(99)
-    with pytest.raises(UsageError, match="has no quality 4.5"):
+    with pytest.raises(UsageError, match=r"has no quality 4\.5"):
         peer.load(4.5)
     peer.load(1)
     with pytest.raises(MediaError, match="no file of"):
