@@ -5,6 +5,7 @@ import compand
 
 data = compand.encode("photo.png", quality=4)   # the bytes of a .cpd file
 picture = compand.decode(data)                  # compand.Picture: pixels, alpha, icc; .save("out.png")
+sound = compand.decode(compand.encode("a.wav")) # compand.Sound: samples, rate; .save("out.wav")
 codec = compand.load("hyperprior")              # a torch module, ready to code
 y_hat = codec.latents(data)                     # dequantised latents, without synthesis
 compand.available()                             # the checkpoints that ship with this version
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from compand.codec import Codec as Codec
     from compand.pictures import Picture as Picture
     from compand.registry import register as register
+    from compand.sounds import Sound as Sound
 
 _LAZY = {
     "CheckpointInfo": "compand.checkpoint",
@@ -39,6 +41,7 @@ _LAZY = {
     "Codec": "compand.codec",
     "Picture": "compand.pictures",
     "register": "compand.registry",
+    "Sound": "compand.sounds",
 }
 
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "CompandError",
     "MediaError",
     "Picture",
+    "Sound",
     "UsageError",
     "available",
     "decode",
@@ -68,22 +72,31 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_LAZY[name]), name)
 
 
-def encode(source: Any, codec: str = "hyperprior", *, device: str = "auto", **options: Any) -> bytes:
-    """Encodes a picture with a checkpoint; see `ImageCodec.encode` for `source` and the options (quality, bpp, psnr).
+def encode(source: Any, codec: str | None = None, *, device: str = "auto", **options: Any) -> bytes:
+    """Encodes a picture or a sound with a checkpoint.
 
-    The codec is loaded anew at each call; keep the result of `compand.load` to code many pictures.
+    The codec is loaded anew at each call; keep the result of `compand.load` to code many files.
+
+    Args:
+        source: a picture as `ImageCodec.encode` takes it or a sound as `AudioCodec.encode` takes it.
+        codec: a checkpoint; None: "hyperprior" for pictures, "wavelet-stereo-5x" for sounds.
+        options: of these methods: quality; bpp for pictures, kbps for sounds; psnr; progress.
     """
     from compand.checkpoint import load
+    from compand.media import DEFAULT_CODEC, medium_of
 
-    return load(codec, device=device).encode(source, **options)
+    return load(codec or DEFAULT_CODEC[medium_of(source)], device=device).encode(source, **options)
 
 
-def decode(data: bytes | str | Path, *, device: str = "auto", partial: bool = False) -> Picture:
+def decode(data: bytes | str | Path, *, device: str = "auto", partial: bool = False) -> Picture | Sound:
     """Decodes a .cpd file, given by its bytes or by its path, with the checkpoint that it names.
+
+    Returns:
+        A `Picture` or a `Sound`, by what was encoded.
 
     Raises:
         MediaError: there is no such file.
-        BitstreamError: the file is damaged; with `partial`, only if its header is or no tile can be decoded.
+        BitstreamError: the file is damaged; with `partial`, only if its header is or no part can be decoded.
         CheckpointError: the file needs a checkpoint that is not installed.
     """
     from compand.checkpoint import for_header, load
@@ -95,6 +108,6 @@ def decode(data: bytes | str | Path, *, device: str = "auto", partial: bool = Fa
             data = path.read_bytes()
         except OSError as error:
             raise MediaError(f"{path} cannot be read: {error.strerror}") from None
-    name = for_header(read_header(data)).name
-    picture: Picture = load(name, device=device).decode(data, partial=partial)
-    return picture
+    name = for_header(read_header(data, partial=partial)).name
+    signal: Picture | Sound = load(name, device=device).decode(data, partial=partial)
+    return signal

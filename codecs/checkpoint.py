@@ -44,6 +44,7 @@ class CheckpointInfo:
         weights: fingerprint of all tensors together.
         qualities: lowest and highest quality.
         architecture: constructor arguments of the codec.
+        latent: layout of the latents, see `Codec.latent_layout`; None where config.json does not tell.
     """
 
     name: str
@@ -60,6 +61,12 @@ class CheckpointInfo:
     weights: bytes
     qualities: tuple[float, float]
     architecture: Mapping[str, Any]
+    latent: Mapping[str, Any] | None = None
+
+    @property
+    def family(self) -> str:
+        """The name without its version."""
+        return self.name.removesuffix(f"-v{self.version}")
 
 
 def fingerprint(tensors: Mapping[str, bytes]) -> bytes:
@@ -93,6 +100,7 @@ def read_info(folder: Path) -> CheckpointInfo:
             weights=bytes.fromhex(config["weights"]),
             qualities=(float(config["qualities"][0]), float(config["qualities"][1])),
             architecture=config["architecture"],
+            latent=config.get("latent"),
         )
     except OSError as error:
         raise CheckpointError(f"{folder} is no checkpoint: {error.strerror} ({error.filename})") from None
@@ -126,14 +134,17 @@ def available() -> list[CheckpointInfo]:
 
 
 def find(name: str | Path) -> CheckpointInfo:
-    """A checkpoint by codec name (its newest version), by full name, or by folder.
+    """A checkpoint by name, with its version or without, by codec name, or by folder.
+
+    Of several the newest is meant, of several new ones (a codec may have more than one size) the last by name.
 
     Raises:
         CheckpointError: nothing of that name.
     """
-    matches = [info for info in _shipped() if str(name) in (info.name, info.codec)]
-    if matches:
-        return matches[-1]
+    for key in ("name", "family", "codec"):
+        found = [info for info in _shipped() if getattr(info, key) == str(name)]
+        if found:
+            return max(found, key=lambda info: (info.version, info.name))
     folder = Path(name)
     if folder.is_dir():
         return read_info(folder)
@@ -178,7 +189,7 @@ def load(name_or_path: str | Path = "hyperprior", *, device: str = "auto") -> Co
     """Builds a codec, ready to encode and decode.
 
     Args:
-        name_or_path: codec name (newest version), checkpoint name, or folder.
+        name_or_path: checkpoint name with or without version, codec name, or folder; see `find`.
         device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
 
     Raises:

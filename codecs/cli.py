@@ -5,29 +5,32 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import math
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
-from compand import files
+from compand import files, media
 from compand.errors import CheckpointError, CompandError, UsageError
 
 if TYPE_CHECKING:
-    from compand import Codec
-    from compand.coding.container import Container
+    from compand import BitstreamError, Codec
+    from compand.audio_codec import AudioCodec
+    from compand.coding.container import AudioGeometry, Container, ImageGeometry
 
 SUFFIX = ".cpd"
 
 # Plain help: the rich kind takes longer to import than all the rest.
 app = typer.Typer(
     name="compand",
-    help="Learned codecs for images: small files that decode on every machine.",
+    help="Learned codecs for images and audio: small files that decode on every machine.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -120,23 +123,34 @@ def encode(
     inputs: Inputs,
     output: Output = None,
     codec: Annotated[
-        str, typer.Option("-c", "--codec", help="Checkpoint: a name or a folder.")
-    ] = "hyperprior",
+        str | None,
+        typer.Option(
+            "-c",
+            "--codec",
+            help="Checkpoint: a name or a folder.",
+            show_default="hyperprior for pictures, wavelet-stereo-5x for sounds",
+        ),
+    ] = None,
     quality: Annotated[
         float | None, typer.Option("-q", "--quality", help="Quality, fractions too.", show_default="4")
     ] = None,
     bpp: Annotated[
         float | None, typer.Option("--bpp", help="Search the quality: bits per pixel at most.")
     ] = None,
+    kbps: Annotated[
+        float | None, typer.Option("--kbps", help="Search the quality: kilobits per second at most.")
+    ] = None,
     psnr: Annotated[
         float | None, typer.Option("--psnr", help="Search the quality: PSNR in dB at least.")
     ] = None,
     strip: Annotated[
-        bool, typer.Option("--strip", help="Convert to sRGB and drop the color profile.")
+        bool, typer.Option("--strip", help="Pictures: convert to sRGB and drop the color profile.")
     ] = False,
     compact: Annotated[
         bool | None,
-        typer.Option("--compact/--no-compact", help="Shortest header.", show_default="for tiny files"),
+        typer.Option(
+            "--compact/--no-compact", help="Pictures: shortest header.", show_default="for tiny files"
+        ),
     ] = None,
     device: Device = "auto",
     force: Force = False,
@@ -145,57 +159,112 @@ def encode(
     jobs: Workers = 1,
     quiet: Quiet = False,
 ) -> None:
-    """Encode pictures to .cpd files.
+    """Encode pictures and sounds to .cpd files.
 
     photo.png becomes photo.cpd beside it, or in the folder -o. Where photo.png and photo.jpg both are encoded
     into one folder, they become photo.png.cpd and photo.jpg.cpd.
     """
-    rate = {
-        name: value
-        for name, value in (("quality", quality), ("bpp", bpp), ("psnr", psnr))
-        if value is not None
-    }
-    if len(rate) > 1:
-        raise UsageError(f"--{' and --'.join(rate)} exclude each other: give one")
-    if output not in (None, files.STREAM) and not Path(output).is_dir() and _is_image(Path(output)):
+    values = {"quality": quality, "bpp": bpp, "kbps": kbps, "psnr": psnr}
+    targets = {name: value for name, value in values.items() if value is not None}
+    for other_medium in ("bpp", "kbps"):  # these two do not exclude each other: a folder may hold both media
+        given = [name for name in targets if name != other_medium]
+        if len(given) > 1:
+            raise UsageError(f"--{' and --'.join(given)} exclude each other: give one")
+    if output not in (None, files.STREAM) and not Path(output).is_dir() and _is_medium(Path(output)):
         raise UsageError(f"-o {output}: encode writes {SUFFIX} files; name one, or a folder")
+    only = None if codec is None else _medium_of_codec(codec)
 
-    def prepare() -> files.Work:
+    def prepare(planned: Sequence[files.Job]) -> files.Work:
         import compand
         from compand.allocator import tune_allocator
 
+        medium_of = {job: only or _medium_of_input(job.source) for job in planned}
+        options_of = {job: _rate_options(job, medium, targets) for job, medium in medium_of.items()}
         tune_allocator()
-        model = compand.load(codec, device=device)
+        models = {
+            medium: compand.load(codec or media.DEFAULT_CODEC[medium], device=device)
+            for medium in sorted(set(medium_of.values()))
+        }
 
         def work(job: files.Job, progress: files.Progress) -> files.Done:
-            from compand.pictures import read_picture
-
-            path = job.source.path
-            picture = read_picture(io.BytesIO(job.source.read()) if path is None else path, strip=strip)
-            data = model.encode(picture, compact=compact, progress=progress, **rate)
-            files.write_output(job, data, force=force)
-            bits = 8 * len(data) / (picture.height * picture.width)
-            size = f"{picture.width} x {picture.height}, {len(data)} bytes, {bits:.3f} bpp"
-            notes = picture.notes
-            if path is not None and len(data) > (before := path.stat().st_size):
-                notes += (f"{len(data)} bytes, more than the {before} of the original; try a lower quality",)
-            return files.Done(f"{_arrow(job)}: {size}", notes=notes)
+            model, options = models[medium_of[job]], options_of[job]
+            if medium_of[job] == "audio":
+                return _encode_sound(job, cast("AudioCodec", model), progress, options, force=force)
+            return _encode_picture(job, model, progress, options, strip=strip, compact=compact, force=force)
 
         return work
 
     _convert(
-        inputs, output, SUFFIX, _is_image, prepare,
+        inputs, output, SUFFIX, lambda path: _is_medium(path, only), prepare,
         force=force, skip_existing=skip_existing, recursive=recursive, workers=jobs, quiet=quiet,
     )  # fmt: skip
+
+
+def _encode_picture(
+    job: files.Job,
+    model: Codec,
+    progress: files.Progress,
+    options: dict[str, Any],
+    *,
+    strip: bool,
+    compact: bool | None,
+    force: bool,
+) -> files.Done:
+    from compand.pictures import read_picture
+
+    path = job.source.path
+    picture = read_picture(io.BytesIO(job.source.read()) if path is None else path, strip=strip)
+    data = model.encode(picture, compact=compact, progress=progress, **options)
+    files.write_output(job, data, force=force)
+    bits = 8 * len(data) / (picture.height * picture.width)
+    size = f"{picture.width} x {picture.height}, {len(data)} bytes, {bits:.3f} bpp"
+    return files.Done(f"{_arrow(job)}: {size}", notes=(*picture.notes, *_growth(job, data)))
+
+
+def _encode_sound(
+    job: files.Job, model: AudioCodec, progress: files.Progress, options: dict[str, Any], *, force: bool
+) -> files.Done:
+    from compand.coding.container import AudioGeometry, read_header
+
+    path = job.source.path
+    with nullcontext(path) if path is not None else files.spooled_stdin() as source:
+        data = model.encode(source, progress=progress, **options)
+    files.write_output(job, data, force=force)
+    shape = read_header(data).geometry
+    assert isinstance(shape, AudioGeometry)
+    kbps = 8 * len(data) * shape.sample_rate / (1000 * shape.samples)
+    recording = _recording(shape.samples, shape.sample_rate, shape.channels)
+    line = f"{_arrow(job)}: {recording}, {len(data)} bytes, {kbps:.2f} kbps"
+    return files.Done(line, notes=_growth(job, data))
+
+
+def _growth(job: files.Job, data: bytes) -> tuple[str, ...]:
+    """A note where the file is larger than what was encoded."""
+    path = job.source.path
+    if path is None or len(data) <= (before := path.stat().st_size):
+        return ()
+    return (f"{len(data)} bytes, more than the {before} of the original; try a lower quality",)
+
+
+def _rate_options(job: files.Job, medium: str, targets: dict[str, float]) -> dict[str, float]:
+    """The options of a medium's rate. Raises UsageError where there is one of the other medium alone."""
+    thing, own, other, others = (
+        ("sound", "kbps", "bpp", "pictures") if medium == "audio" else ("picture", "bpp", "kbps", "sounds")
+    )
+    if tuple(targets) == (other,):
+        raise UsageError(f"{job.source.name} is coded as a {thing}: --{other} is for {others}, give --{own}")
+    return {name: value for name, value in targets.items() if name != other}
 
 
 @app.command()
 def decode(
     inputs: Files,
     output: Output = None,
-    image_format: Annotated[
+    media_format: Annotated[
         str | None,
-        typer.Option("--format", help="png, webp, jpg, tiff, ...", show_default="suffix of -o, or png"),
+        typer.Option(
+            "--format", help="png, webp, jpg, wav, flac, mp3, ...", show_default="suffix of -o, or png, wav"
+        ),
     ] = None,
     codec: Annotated[
         str | None,
@@ -214,43 +283,92 @@ def decode(
     jobs: Workers = 1,
     quiet: Quiet = False,
 ) -> None:
-    """Decode .cpd files to pictures.
+    """Decode .cpd files to pictures and sounds.
 
-    photo.cpd becomes photo.png beside it, or in the folder -o; photo.jpg.cpd becomes photo.jpg.png.
+    photo.cpd becomes photo.png beside it, or in the folder -o; photo.jpg.cpd becomes photo.jpg.png. song.cpd
+    becomes song.wav.
     """
     several = files.means_several(inputs)
     named = Path(output).suffix if output not in (None, files.STREAM) and not several else ""
-    suffix = f".{image_format.lower().lstrip('.')}" if image_format else named.lower() or ".png"
+    chosen = f".{media_format.lower().lstrip('.')}" if media_format else named.lower()
 
-    def prepare() -> files.Work:
-        pillow_format = _pillow_format(suffix)
-        codec_of = _decoders(device, codec)
+    def suffix_of(item: files.Input) -> str:
+        return _output_suffix(item.name, item.opening(media.OPENING_BYTES), chosen)
+
+    def prepare(planned: Sequence[files.Job]) -> files.Work:
+        codec_of = _decoders(device, codec, partial=partial)
 
         def work(job: files.Job, progress: files.Progress) -> files.Done:
             data = job.source.read()
-            picture = codec_of(data).decode(data, partial=partial, progress=progress)
-            # In memory first: a picture that cannot be written in this format is then told from a full disk.
-            stream = io.BytesIO()
-            picture.save(stream, format=pillow_format)
-            files.write_output(job, stream.getvalue(), force=force)
-            name = job.source.name
-            damage = tuple(f"decoded in part: {files.explain(error, name)}" for error in picture.damage)
-            return files.Done(f"{_arrow(job)}: {picture.width} x {picture.height}", picture.notes, damage)
+            suffix = _output_suffix(job.source.name, data, chosen)
+            model = codec_of(data)
+            if model.medium == "audio":
+                sounds = cast("AudioCodec", model)
+                return _decode_sound(job, sounds, data, suffix, progress, partial=partial, force=force)
+            return _decode_picture(job, model, data, suffix, progress, partial=partial, force=force)
 
         return work
 
     _convert(
-        inputs, output, suffix, _is_cpd, prepare,
+        inputs, output, suffix_of, _is_cpd, prepare,
         force=force, skip_existing=skip_existing, recursive=recursive, workers=jobs, quiet=quiet,
     )  # fmt: skip
+
+
+def _decode_picture(
+    job: files.Job,
+    model: Codec,
+    data: bytes,
+    suffix: str,
+    progress: files.Progress,
+    *,
+    partial: bool,
+    force: bool,
+) -> files.Done:
+    picture = model.decode(data, partial=partial, progress=progress)
+    # In memory first: a picture that cannot be written in this format is then told from a full disk.
+    stream = io.BytesIO()
+    picture.save(stream, format=suffix)
+    files.write_output(job, stream.getvalue(), force=force)
+    line = f"{_arrow(job)}: {picture.width} x {picture.height}"
+    return files.Done(line, picture.notes, _losses(job, picture.damage))
+
+
+def _decode_sound(
+    job: files.Job,
+    model: AudioCodec,
+    data: bytes,
+    suffix: str,
+    progress: files.Progress,
+    *,
+    partial: bool,
+    force: bool,
+) -> files.Done:
+    from compand.sounds import SoundWriter
+
+    samples = 0
+    blocks = model.decode_blocks(data, partial=partial, progress=progress)
+    with (
+        files.open_output(job, force=force) as stream,
+        SoundWriter(stream, blocks.rate, blocks.channels, format=suffix) as writer,
+    ):
+        for block in blocks:
+            writer.write(block)
+            samples += block.shape[1]
+    line = f"{_arrow(job)}: {_recording(samples, blocks.rate, blocks.channels)}"
+    return files.Done(line, warnings=_losses(job, blocks.damage))
+
+
+def _losses(job: files.Job, damage: Sequence[BitstreamError]) -> tuple[str, ...]:
+    return tuple(f"decoded in part: {files.explain(error, job.source.name)}" for error in damage)
 
 
 def _convert(
     arguments: list[str],
     output: str | None,
-    suffix: str,
+    suffix: str | Callable[[files.Input], str],
     accept: Callable[[Path], bool],
-    prepare: Callable[[], files.Work],
+    prepare: Callable[[Sequence[files.Job]], files.Work],
     *,
     force: bool,
     skip_existing: bool,
@@ -279,7 +397,7 @@ def _convert(
     workers = min(workers, len(jobs))
     good = files.run_batch(
         jobs,
-        prepare(),
+        prepare(jobs),
         failures=failures,
         workers=workers,
         quiet=quiet,
@@ -297,8 +415,11 @@ def _share_threads(workers: int) -> Callable[[], None]:
     return lambda: torch.set_num_threads(share)
 
 
-def _decoders(device: str, codec: str | None) -> Callable[[bytes], Codec]:
-    """A function from a file's bytes to the codec that decodes it, each loaded once."""
+def _decoders(device: str, codec: str | None, *, partial: bool = False) -> Callable[[bytes], Codec]:
+    """A function from a file's bytes to the codec that decodes it, each loaded once.
+
+    partial: whether the end of the file may be missing.
+    """
     import compand
     from compand.allocator import tune_allocator
 
@@ -313,7 +434,7 @@ def _decoders(device: str, codec: str | None) -> Callable[[bytes], Codec]:
         from compand.checkpoint import for_header
         from compand.coding.container import read_header
 
-        name = for_header(read_header(data)).name
+        name = for_header(read_header(data, partial=partial)).name
         with lock:
             if name not in loaded:
                 loaded[name] = compand.load(name, device=device)
@@ -322,23 +443,76 @@ def _decoders(device: str, codec: str | None) -> Callable[[bytes], Codec]:
     return codec_of
 
 
-def _is_image(path: Path) -> bool:
+def _is_medium(path: Path, only: str | None = None) -> bool:
+    """Whether a name is a picture's or a sound's; with `only`, of that medium."""
     from compand.pictures import is_image_path
+    from compand.sounds import is_sound_path
 
-    return is_image_path(path)
+    return (only != "audio" and is_image_path(path)) or (only != "image" and is_sound_path(path))
+
+
+def _medium_of_codec(codec: str) -> str:
+    from compand.checkpoint import find
+
+    return find(codec).medium
+
+
+def _medium_of_input(item: files.Input) -> str:
+    if item.path is None:
+        return media.medium_of_opening(item.opening(media.OPENING_BYTES))
+    return media.medium_of_path(item.path)
 
 
 def _is_cpd(path: Path) -> bool:
     return path.suffix.lower() == SUFFIX
 
 
-def _pillow_format(suffix: str) -> str:
-    from PIL import Image
+def _output_suffix(name: str, opening: bytes, chosen: str) -> str:
+    """The suffix, and by it the format, of what a .cpd file becomes.
 
-    found = Image.registered_extensions().get(suffix)
-    if found is None or found not in Image.SAVE:
-        raise UsageError(f"{suffix} is no picture format that can be written: use --format png")
-    return found
+    Args:
+        opening: its first bytes, which tell its medium.
+        chosen: what the user asked for; "": WAV, PNG, or a numpy array where no picture format has as many bands.
+
+    Raises:
+        UsageError: there is no such format for what the file holds.
+    """
+    kind = media.kind_of_cpd(opening)
+    if kind == "audio":
+        from compand.sounds import is_sound_path
+
+        if chosen and not is_sound_path(f"sound{chosen}"):
+            fact = f"{chosen} is no sound format that can be written"
+            raise UsageError(f"{name} holds a sound and {fact}: use --format wav")
+        return chosen or ".wav"
+    if kind is not None and chosen not in ("", ".npy"):
+        from PIL import Image
+
+        if Image.registered_extensions().get(chosen) not in Image.SAVE:
+            fact = f"{chosen} is no picture format that can be written"
+            raise UsageError(f"{name} holds a picture and {fact}: use --format png")
+    return chosen or (".npy" if kind == "bands" else ".png")
+
+
+def _recording(samples: int, rate: int, channels: int) -> str:
+    """Duration, sample rate and channels, for a reader."""
+    layout = {1: "mono", 2: "stereo"}.get(channels, f"{channels} channels")
+    duration = _duration(samples / rate) if samples else "unknown length"
+    return f"{duration}, {rate} Hz, {layout}"
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(0.25), _duration(62.5), _duration(3600)
+    ('0.250 s', '1:02.500', '1:00:00.000')
+    """
+    whole, milliseconds = divmod(round(1000 * seconds), 1000)
+    if whole < 60:
+        return f"{whole}.{milliseconds:03d} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    clock = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
+    return f"{clock}:{rest:02d}.{milliseconds:03d}"
 
 
 def _arrow(job: files.Job) -> str:
@@ -378,13 +552,16 @@ def _describe(name: str, data: bytes, content: Container) -> dict[str, Any]:
     from compand.registry import QUALITY_STEPS
 
     header = content.header
+    latent = None
     try:
         checkpoint = for_header(header)
-        codec, release = checkpoint.codec, checkpoint.name
+        codec, release, latent = checkpoint.codec, checkpoint.name, checkpoint.latent
     except CheckpointError:
         codec, release = header.codec_name or f"codec {header.codec_id}", None
     record: dict[str, Any] = {"file": name, "codec": codec, "checkpoint": release, "bytes": len(data)}
     shape = header.geometry
+    record["quality"] = header.settings[0] / QUALITY_STEPS if header.settings else None
+    record["latent_shape"] = _latent_shape(shape, latent)
     if isinstance(shape, ImageGeometry):
         record |= {
             "medium": "image",
@@ -392,7 +569,6 @@ def _describe(name: str, data: bytes, content: Container) -> dict[str, Any]:
             "height": shape.height,
             "channels": shape.channels,
             "bit_depth": shape.bit_depth,
-            "quality": header.settings[0] / QUALITY_STEPS if header.settings else None,
             "bpp": 8 * len(data) / (shape.width * shape.height),
         }
     else:
@@ -401,7 +577,8 @@ def _describe(name: str, data: bytes, content: Container) -> dict[str, Any]:
             "samples": shape.samples,
             "sample_rate": shape.sample_rate,
             "channels": shape.channels,
-            "kbps": 8 * len(data) * shape.sample_rate / (1000 * shape.samples),
+            "seconds": shape.samples / shape.sample_rate,
+            "kbps": 8 * len(data) * shape.sample_rate / (1000 * shape.samples) if shape.samples else None,
         }
     known = {kind.value: kind.name.lower() for kind in ExtraKind}
     return record | {
@@ -420,21 +597,42 @@ def _describe(name: str, data: bytes, content: Container) -> dict[str, Any]:
     }
 
 
+def _latent_shape(shape: ImageGeometry | AudioGeometry, layout: Mapping[str, Any] | None) -> list[int] | None:
+    """The shape of what `Codec.latents` returns for a file, from `Codec.latent_layout`; None where it is not known."""
+    from compand.coding.container import ImageGeometry
+
+    if layout is None:
+        return None
+    channels, stride = layout["channels"], layout["stride"]
+    if isinstance(shape, ImageGeometry):
+        return [channels, -(-shape.height // stride), -(-shape.width // stride)]
+    if not shape.samples:
+        return None
+    from compand.sounds import resampling_ratio
+
+    groups = -(-shape.channels // layout["group"])
+    coded = math.ceil(shape.samples * resampling_ratio(shape.sample_rate, layout["rate"]))
+    return [*([groups] if groups > 1 else []), channels, -(-coded // stride)]
+
+
 def _as_text(record: dict[str, Any]) -> str:
     if record["medium"] == "image":
-        color = "gray" if record["channels"] == 1 else "RGB"
+        color = {1: "gray", 3: "RGB"}.get(record["channels"], f"{record['channels']} bands")
         content = f"{record['width']} x {record['height']} pixels, {color}, {record['bit_depth']} bit"
         rate = f"{record['bpp']:.3f} bpp"
+        parts, size = "tiles", f", {record['chunk_size']} a side"
     else:
-        content = f"{record['samples']} samples at {record['sample_rate']} Hz, {record['channels']} channels"
-        rate = f"{record['kbps']:.2f} kbps"
-    tiles = f", {record['chunk_size']} a side" if record["chunks"] > 1 and record["medium"] == "image" else ""
+        content = _recording(record["samples"], record["sample_rate"], record["channels"])
+        content += f", {record['samples']} samples" if record["samples"] else ""
+        rate = f"{record['kbps']:.2f} kbps" if record["samples"] else "an unknown rate"
+        parts, size = "segments", f" of {record['chunk_size']} samples"
     rows = [
         ("codec", f"{record['codec']}, {record['checkpoint'] or 'no checkpoint for it is installed'}"),
         (record["medium"], content),
-        ("quality", f"{record['quality']:g}" if record.get("quality") is not None else ""),
+        ("quality", f"{record['quality']:g}" if record["quality"] is not None else ""),
         ("size", f"{record['bytes']} bytes, {rate}"),
-        ("chunks", f"{record['chunks']}{tiles}"),
+        (parts, f"{record['chunks']}{size if record['chunks'] > 1 else ''}"),
+        ("latents", " x ".join(map(str, record["latent_shape"] or ()))),
         ("header", f"{record['header_bytes']} bytes{', compact' if record['compact'] else ''}"),
         ("extras", ", ".join(f"{kind} ({size} bytes)" for kind, size in record["extras"].items())),
         ("damage", f"{len(record['damage'])} parts" if record["damage"] else ""),

@@ -60,12 +60,17 @@ class Transform(nn.Module, ABC):
         latent_channels: channels M of the latent y.
         context: samples beyond a position that analysis and synthesis look at; a tile that is given this much of its
             surroundings is transformed as if it were not cut out.
+        edge: samples before the first and after the last one of a signal that have to be coded too for its ends to be
+            restored, a multiple of `stride` up to `context`; 0 where the transform extends signals by itself.
+        takes_bytes: whether analysis takes 8-bit samples too, 0 .. 255 for [0, 1].
         encoder_parts: prefixes of the parameters that decoding does not need.
     """
 
     stride: int
     latent_channels: int
     context: int
+    edge: int = 0
+    takes_bytes: bool = False
     encoder_parts: tuple[str, ...]
 
     @abstractmethod
@@ -212,6 +217,11 @@ class Codec(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.parameters()).device
+
+    def latent_layout(self) -> dict[str, Any]:
+        """What config.json says of the latents, so that their shape is known without the weights: their channels, and
+        the samples a position along each of `axes` (1: time, 2: height and width)."""
+        return {"channels": self.transform.latent_channels, "stride": self.transform.stride, "axes": 2}
 
     def quality_units(self, quality: float) -> int:
         """A quality in 1/32 level, as files store it. Raises UsageError outside 1 .. levels."""

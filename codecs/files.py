@@ -8,17 +8,20 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path, PurePath
 from types import FrameType, TracebackType
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO, cast
 
 from compand.errors import CompandError, MediaError, UsageError
 
@@ -58,6 +61,24 @@ class Input:
     def read(self) -> bytes:
         """All bytes of the input; OSError where it cannot be read."""
         return sys.stdin.buffer.read() if self.path is None else self.path.read_bytes()
+
+    def opening(self, size: int) -> bytes:
+        """Up to `size` bytes from the start, which `read` gives again; none where the input cannot be read."""
+        try:
+            if self.path is None:
+                return cast(BufferedReader, sys.stdin.buffer).peek(size)[:size]
+            with open(self.path, "rb") as stream:
+                return stream.read(size)
+        except OSError:
+            return b""
+
+
+@contextmanager
+def spooled_stdin() -> Iterator[BinaryIO]:
+    """Standard input as a stream that can seek: a copy of it in an unnamed temporary file."""
+    with _write_errors(Path("temporary file")), tempfile.TemporaryFile() as spool:
+        shutil.copyfileobj(sys.stdin.buffer, spool)
+        yield spool
 
 
 @dataclass(frozen=True)
@@ -142,7 +163,9 @@ class Job:
     target: Path | None  # None: standard output
 
 
-def plan(inputs: Sequence[Input], output: str | None, suffix: str, *, several: bool) -> list[Job]:
+def plan(
+    inputs: Sequence[Input], output: str | None, suffix: str | Callable[[Input], str], *, several: bool
+) -> list[Job]:
     """Give every input its output, before anything is read or written.
 
     The output is the input with its suffix replaced by `suffix`, beside the input or below the folder
@@ -153,7 +176,7 @@ def plan(inputs: Sequence[Input], output: str | None, suffix: str, *, several: b
     Args:
         inputs: what `expand` returned.
         output: None, `-`, a file (one input) or a folder (made when missing).
-        suffix: with its dot, e.g. ".cpd".
+        suffix: with its dot, e.g. ".cpd"; or a function that gives each input's.
         several: what `means_several` says of the arguments; if so, `output` is a folder.
 
     Raises:
@@ -175,7 +198,8 @@ def plan(inputs: Sequence[Input], output: str | None, suffix: str, *, several: b
         folder = None if output is None else Path(output)
         if folder is not None and folder.exists() and not folder.is_dir():
             raise UsageError(f"-o {output} is a file and the output is more than one: name a folder")
-        targets = _names(inputs, folder, suffix)
+        suffixes = [suffix if isinstance(suffix, str) else suffix(item) for item in inputs]
+        targets = _names(inputs, folder, suffixes)
     _refuse_collisions(inputs, targets)
     return [Job(item, target) for item, target in zip(inputs, targets, strict=True)]
 
@@ -184,22 +208,22 @@ def _is_folder(output: str) -> bool:
     return Path(output).is_dir() or output.endswith(("/", os.sep))
 
 
-def _names(inputs: Sequence[Input], folder: Path | None, suffix: str) -> list[Path]:
+def _names(inputs: Sequence[Input], folder: Path | None, suffixes: Sequence[str]) -> list[Path]:
     def place(item: Input) -> Path:
         return item.path if folder is None and item.path is not None else Path(folder or "", item.place)
 
-    def short(path: Path) -> Path:
+    def short(path: Path, suffix: str) -> Path:
         inner = path.with_suffix("")
         return inner if inner.suffix.lower() == suffix.lower() else path.with_suffix(suffix)
 
     places = [place(item) for item in inputs]
-    names = [short(path) for path in places]
+    names = list(map(short, places, suffixes))
     # Folded, because photo.cpd and Photo.cpd are one file on Windows and macOS.
     folded = [str(name).casefold() for name in names]
     shared = {name for name in folded if folded.count(name) > 1} if len(set(folded)) < len(folded) else set()
     return [
         path.with_name(path.name + suffix) if key in shared else name
-        for path, name, key in zip(places, names, folded, strict=True)
+        for path, name, suffix, key in zip(places, names, suffixes, folded, strict=True)
     ]
 
 
@@ -313,6 +337,31 @@ def write_output(job: Job, content: bytes, *, force: bool = False) -> None:
         return
     with atomic_write(job.target, force=force) as stream:
         stream.write(content)
+
+
+@contextmanager
+def open_output(job: Job, *, force: bool = False) -> Iterator[BinaryIO]:
+    """A stream that can seek, for an output that is written block by block; it appears whole, or not at all.
+
+    Standard output, devices and pipes get the content at the end: until then it is in an unnamed temporary file.
+
+    Raises:
+        MediaError: as `atomic_write`.
+    """
+    if job.target is not None and not _is_special(job.target):
+        with atomic_write(job.target, force=force) as stream:
+            yield stream
+        return
+    with _write_errors(Path("temporary file")), tempfile.TemporaryFile() as spool:
+        yield spool
+        spool.seek(0)
+        if job.target is not None:
+            with atomic_write(job.target, force=force) as stream:
+                shutil.copyfileobj(spool, stream)
+            return
+        with _write_errors(Path("standard output")):
+            shutil.copyfileobj(spool, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
 
 
 def discard_unfinished() -> None:

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from compand import checkpoint
-from compand.codec import QUALITY_STEPS, Codec, Progress
+from compand.codec import QUALITY_STEPS, Bottleneck, Codec, Progress, Transform
 from compand.coding import container
 from compand.coding.container import Container, Extra, ExtraKind, Header, ImageGeometry
 from compand.errors import BitstreamError, CheckpointError, CompandError, UsageError
@@ -71,6 +70,13 @@ class ImageCodec(Codec):
 
     medium = "image"
 
+    def __init__(
+        self, transform: Transform, bottleneck: Bottleneck, lambdas: Sequence[float], *, channels: int = 3
+    ) -> None:
+        """channels: of the samples that the transform takes; 3 serves gray pictures too."""
+        super().__init__(transform, bottleneck, lambdas)
+        self.channels = channels
+
     def encode(
         self,
         source: Any,
@@ -85,7 +91,8 @@ class ImageCodec(Codec):
 
         Args:
             source: whatever `compand.pictures.as_picture` takes: a path, Pillow image, uint8 array [H, W, C], float
-                tensor [C, H, W] in [0, 1], or `Picture`.
+                tensor [C, H, W] in [0, 1], or `Picture`. A codec of other than 3 channels takes pictures of just as
+                many.
             quality: 1 (smallest file) to `levels`, fractions in steps of 1/32; 4 unless bpp or psnr is given.
             bpp: instead of `quality`, the best quality whose file has at most this many bits a pixel.
             psnr: instead of `quality`, the lowest quality whose decoded picture has at least this PSNR in dB.
@@ -100,7 +107,7 @@ class ImageCodec(Codec):
             CompandError: no quality reaches the wanted bpp or psnr for this picture.
             MediaError: the source cannot be read.
         """
-        picture = as_picture(source)
+        picture = self._picture(source)
         if sum(target is not None for target in (quality, bpp, psnr)) > 1:
             raise UsageError("quality, bpp and psnr exclude each other: give one")
         if any(target is not None and math.isnan(target) for target in (bpp, psnr)):
@@ -192,7 +199,7 @@ class ImageCodec(Codec):
     @torch.inference_mode()
     def estimate(self, source: Any, quality: float = 4.0) -> float:
         """Information content of a picture's symbols in bits: what `encode` needs, without header and extras."""
-        picture = as_picture(source)
+        picture = self._picture(source)
         level = self.quality_units(quality)
         grid = tile_rows(picture.height, picture.width, _chunk_size(picture.height, picture.width))
         levels = torch.tensor([level], device=self.device)
@@ -201,6 +208,15 @@ class ImageCodec(Codec):
             for row in grid
             for tile in row
         )
+
+    def _picture(self, source: Any) -> Picture:
+        picture = as_picture(source, channels=self.channels)
+        found = picture.pixels.shape[2]
+        if found != self.channels and (found, self.channels) != (1, 3):
+            raise UsageError(
+                f"the picture has {found} channels, this codec codes {self.channels}: choose another codec"
+            )
+        return picture
 
     # ------------------------------------------------------------------------------------------------- encoding
 
@@ -243,9 +259,12 @@ class ImageCodec(Codec):
         stride, context = self.transform.stride, self.transform.context
         top, left = max(tile.top - context, 0), max(tile.left - context, 0)
         window = pixels[top : tile.bottom + context, left : tile.right + context]
-        x = torch.from_numpy(window.copy()).to(self.device).permute(2, 0, 1)[None].float() / 255
-        x = F.pad(x, (0, -x.shape[3] % stride, 0, -x.shape[2] % stride), mode="replicate")
-        x = x.expand(1, 3, *x.shape[2:]).contiguous(memory_format=torch.channels_last)
+        missing = [(0, -edge % stride) for edge in window.shape[:2]]
+        window = np.pad(window, (*missing, (0, 0)), mode="edge") if any(map(sum, missing)) else window.copy()
+        x = torch.from_numpy(window).to(self.device).permute(2, 0, 1)[None]
+        x = x.expand(1, self.channels, *x.shape[2:])
+        if not self.transform.takes_bytes:
+            x = x.float().div_(255).contiguous(memory_format=torch.channels_last)
         y = self.transform.analysis(x, torch.tensor([level], device=self.device))
         rows, columns = tile.latent_shape(stride)
         y0, x0 = (tile.top - top) // stride, (tile.left - left) // stride
@@ -269,7 +288,11 @@ class ImageCodec(Codec):
                 f"{info.name} has {info.symbols.hex()}: decode it with the checkpoint that it names (compand info)"
             )
         geometry = header.geometry
-        if not isinstance(geometry, ImageGeometry) or len(header.settings) != 1:
+        if (
+            not isinstance(geometry, ImageGeometry)
+            or len(header.settings) != 1
+            or (geometry.channels != self.channels and (geometry.channels, self.channels) != (1, 3))
+        ):
             raise _implausible(f"it does not describe a picture of {info.codec}")
         edge = header.chunk_size or max(geometry.height, geometry.width)
         if edge > MAX_TILE:
@@ -365,7 +388,7 @@ class ImageCodec(Codec):
         x = self.transform.synthesis(y_hat, torch.tensor([level], device=self.device))[0].float()
         height, width = tile.bottom - tile.top, tile.right - tile.left
         x = x[:, row * stride : row * stride + height, column * stride : column * stride + width]
-        if geometry.channels == 1:
+        if geometry.channels == 1 != self.channels:
             x = x.mean(0, keepdim=True)
         return (x * 255).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.lib import format as numpy_format
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
@@ -32,6 +33,9 @@ from compand.errors import BitstreamError, MediaError, UsageError
 
 MAX_PIXELS = 2**29
 """Largest picture that is read unless the caller says otherwise, in pixels."""
+
+MAX_BANDS = 255
+"""Most channels of a picture."""
 
 MAX_KEPT_PROFILE = 4096
 """Largest ICC profile that travels with a picture, in bytes; a larger one is applied to the pixels."""
@@ -59,7 +63,8 @@ class Picture:
     """A decoded image.
 
     Attributes:
-        pixels: uint8 [H, W, C], C = 1 (gray) or 3 (RGB); sRGB unless `icc` says otherwise.
+        pixels: uint8 [H, W, C], C = 1 (gray) or 3 (RGB); sRGB unless `icc` says otherwise. Other numbers of channels,
+            up to 255, are bands without a color space.
         alpha: uint8 [H, W], 0 transparent to 255 opaque, not premultiplied; None where there is none.
         icc: ICC profile of `pixels`, or None for sRGB.
         bit_depth: bits a sample in the source, 8 or 16 (16 stands for anything deeper than 8).
@@ -79,7 +84,7 @@ class Picture:
     damage: tuple[BitstreamError, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.pixels.dtype != np.uint8 or self.pixels.ndim != 3 or self.pixels.shape[2] not in (1, 3):
+        if self.pixels.dtype != np.uint8 or self.pixels.ndim != 3 or not self.pixels.shape[2] <= MAX_BANDS:
             raise UsageError(
                 f"pixels are {self.pixels.dtype} {list(self.pixels.shape)}: give uint8 [H, W, 1] or [H, W, 3]"
             )
@@ -106,7 +111,13 @@ class Picture:
         return int(self.pixels.shape[1])
 
     def to_pil(self) -> Image.Image:
-        """The picture as a Pillow image of mode L, LA, RGB or RGBA, with its ICC profile in `info`."""
+        """The picture as a Pillow image of mode L, LA, RGB or RGBA, with its ICC profile in `info`.
+
+        Raises:
+            MediaError: it has other than 1 or 3 channels.
+        """
+        if self.pixels.shape[2] not in (1, 3):
+            raise MediaError(f"no image format holds {self.pixels.shape[2]} bands: save as .npy")
         gray = self.pixels.shape[2] == 1
         image = Image.fromarray(self.pixels[..., 0] if gray else self.pixels)
         if self.alpha is not None:
@@ -127,13 +138,18 @@ class Picture:
         Args:
             path_or_stream: where to; a path is opened and written in place (no temporary file).
             format: a Pillow format or an extension ("PNG", "jpg"); by default that of the path's extension,
-                and PNG for a stream.
+                and PNG for a stream. "npy" writes `pixels` as numpy does, with any number of bands.
 
         Raises:
             MediaError: unknown format, or one that cannot hold this picture (alpha in JPEG, too large).
             OSError: the operating system refuses the path or the write (missing folder, full disk).
         """
         name = _name_of(path_or_stream)
+        if _is_numpy(path_or_stream, format):
+            if self.alpha is not None:
+                raise MediaError(f"{name}: .npy holds bands, not transparency: save as .png instead")
+            np.save(path_or_stream, self.pixels, allow_pickle=False)
+            return
         pil_format = _writable_format(path_or_stream, format, name)
         if self.alpha is not None and pil_format not in _ALPHA_FORMATS:
             raise MediaError(f"{name}: {pil_format} cannot hold transparency: save as .png instead")
@@ -162,7 +178,7 @@ class Picture:
 def read_picture(
     source: str | Path | BinaryIO, *, strip: bool = False, max_pixels: int = MAX_PIXELS
 ) -> Picture:
-    """Reads any image that Pillow reads.
+    """Reads any image that Pillow reads, and uint8 arrays of bands in numpy's format (.npy).
 
     Peak memory is Pillow's own image (4 bytes a pixel for RGB) and the result (3 bytes a pixel).
 
@@ -190,7 +206,7 @@ def read_picture(
     return _read_stream(source if source.seekable() else io.BytesIO(source.read()), name, strip, max_pixels)
 
 
-def as_picture(value: Any) -> Picture:
+def as_picture(value: Any, channels: int = 3) -> Picture:
     """A picture from whatever the caller has at hand.
 
     Args:
@@ -198,6 +214,8 @@ def as_picture(value: Any) -> Picture:
             (its current frame, orientation applied); a uint8 array [H, W] or [H, W, C]; a uint8 or float
             torch tensor [C, H, W]. C = 1 is gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha; float
             values lie in [0, 1].
+        channels: of the codec that wants it. Where that is neither 1 nor 3, all channels of arrays and tensors are
+            bands.
 
     Raises:
         UsageError: another type, shape or value range.
@@ -210,10 +228,10 @@ def as_picture(value: Any) -> Picture:
     if isinstance(value, Image.Image):
         return _from_image(value, _name_of(value), strip=False)
     if isinstance(value, np.ndarray):
-        return _from_array(value, "array")
+        return _from_array(value, "array", bands=channels not in (1, 3))
     torch = sys.modules.get("torch")  # a tensor cannot exist before torch has been imported
     if torch is not None and isinstance(value, torch.Tensor):
-        return _from_tensor(value)
+        return _from_tensor(value, bands=channels not in (1, 3))
     raise UsageError(
         f"{type(value).__name__} is not a picture: give a path, a Pillow image, "
         "a uint8 array [H, W, C] or a tensor [C, H, W]"
@@ -238,7 +256,9 @@ def psnr(reference: UInt8Array, other: UInt8Array) -> float:
 
 
 def is_image_path(path: str | Path) -> bool:
-    """Whether the extension is one of an image format that Pillow reads (the file itself is not opened)."""
+    """Whether the extension is .npy or one of an image format that Pillow reads (the file itself is not opened)."""
+    if Path(path).suffix.lower() == ".npy":
+        return True
     image_format = Image.registered_extensions().get(Path(path).suffix.lower())
     return image_format is not None and image_format not in _UNREADABLE_FORMATS
 
@@ -318,8 +338,12 @@ def _open_image(stream: BinaryIO, formats: Iterable[str] | None = None) -> Image
 
 def _read_stream(stream: BinaryIO, name: str, strip: bool, max_pixels: int) -> Picture:
     stream.seek(0)
-    if not stream.read(1):
+    opening = stream.read(6)
+    if not opening:
         raise MediaError(f"{name} is empty (0 bytes): copy it again")
+    if opening == b"\x93NUMPY":
+        stream.seek(0)
+        return _read_bands(stream, name, max_pixels)
     try:
         image = _open_image(stream)
     except UnidentifiedImageError as error:
@@ -617,11 +641,13 @@ def _to_rgb(block: Image.Image) -> Image.Image:
     return block.convert("RGB")
 
 
-def _from_array(array: NDArray[Any], kind: str) -> Picture:
+def _from_array(array: NDArray[Any], kind: str, *, bands: bool = False) -> Picture:
     if array.dtype != np.uint8:
         raise UsageError(f"{kind} is {array.dtype}: give uint8 values, 0 to 255")
     if array.ndim == 2:
         array = array[..., None]
+    if bands and array.ndim == 3 and 1 <= array.shape[2] <= MAX_BANDS:
+        return Picture(np.ascontiguousarray(array), None, None)
     if array.ndim != 3 or not 1 <= array.shape[2] <= 4:
         order = "[C, H, W]" if kind == "tensor" else "[H, W] or [H, W, C]"
         raise UsageError(f"{kind} does not have the shape of one image: give {order} with 1 to 4 channels")
@@ -631,7 +657,7 @@ def _from_array(array: NDArray[Any], kind: str) -> Picture:
     return Picture(np.ascontiguousarray(array[..., :color]), alpha, None)
 
 
-def _from_tensor(tensor: Any) -> Picture:
+def _from_tensor(tensor: Any, *, bands: bool = False) -> Picture:
     """See :func:`as_picture`; values slightly outside [0, 1] (rounding of resampling filters) are clamped."""
     if tensor.ndim != 3:
         raise UsageError(f"tensor has {tensor.ndim} dimensions: give one image, [C, H, W]")
@@ -644,7 +670,35 @@ def _from_tensor(tensor: Any) -> Picture:
         tensor = (tensor.clamp(0, 1) * 255).round().byte()
     elif tensor.is_floating_point():
         tensor = tensor.byte()
-    return _from_array(tensor.permute(1, 2, 0).numpy(), "tensor")
+    return _from_array(tensor.permute(1, 2, 0).numpy(), "tensor", bands=bands)
+
+
+def _is_numpy(target: str | Path | BinaryIO, wanted: str | None) -> bool:
+    """Whether a picture is to be written as numpy does."""
+    if wanted is not None or not isinstance(target, (str, os.PathLike)):
+        return (wanted or "").lower().lstrip(".") == "npy"
+    return Path(target).suffix.lower() == ".npy"
+
+
+def _read_bands(stream: BinaryIO, name: str, max_pixels: int) -> Picture:
+    """A uint8 array [H, W] or [H, W, C] in numpy's format."""
+    try:
+        version = numpy_format.read_magic(stream)
+        read_header = (
+            numpy_format.read_array_header_1_0 if version == (1, 0) else numpy_format.read_array_header_2_0
+        )
+        shape, fortran, kind = read_header(stream)
+    except (ValueError, EOFError, OSError) as error:
+        raise MediaError(f"{name} is not a readable array ({_fact(error)}): save it again") from error
+    size = (*shape, 1) if len(shape) == 2 else shape
+    if kind != np.uint8 or fortran or len(size) != 3 or not 1 <= size[2] <= MAX_BANDS:
+        raise MediaError(f"{name} is {kind} {list(shape)}: give bands as uint8 [H, W, C], in C order")
+    if not 0 < size[0] * size[1] <= max_pixels:
+        raise MediaError(f"{name} has {size[1]}x{size[0]} pixels: give 1 to {max_pixels}")
+    content = stream.read()
+    if len(content) != math.prod(size):
+        raise MediaError(f"{name} has {len(content)} of {math.prod(size)} bytes: copy it again")
+    return Picture(np.frombuffer(content, np.uint8).reshape(size).copy(), None, None)
 
 
 def _writable_format(target: str | Path | BinaryIO, wanted: str | None, name: str) -> str:

@@ -50,6 +50,12 @@ _ENTRIES = [
         1, "hyperprior", "image", "compand.hyperprior:HyperpriorCodec", "mean-scale Gaussian hyperprior"
     ),
     CodecEntry(2, "factorized", "image", "compand.hyperprior:FactorizedCodec", "fully factorised prior"),
+    CodecEntry(
+        3, "wavelet-image", "image", "compand.wavelet:WaveletImageCodec", "wavelet packets, fast to encode"
+    ),
+    CodecEntry(
+        4, "wavelet-audio", "audio", "compand.wavelet:WaveletAudioCodec", "wavelet packets, fast to encode"
+    ),
 ]
 
 

@@ -101,6 +101,7 @@ def save(codec: Codec, folder: Path) -> None:
         "synthesis": synthesis.hex(),
         "weights": _weights_fingerprint(tensors).hex(),
         "qualities": [1, codec.levels],
+        "latent": codec.latent_layout(),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "architecture": codec.architecture,
     }

@@ -38,7 +38,7 @@ from compand.eval.selection import select
 DEFAULT_ANCHORS = {"image": "jpeg", "audio": "opus"}
 """What Bjontegaard deltas are against where no published curve fits the data."""
 
-BD_METRICS = {"image": ("psnr", "ms_ssim"), "audio": ("visqol", "pesq", "log_mel", "stoi", "sdr")}
+BD_METRICS = {"image": ("psnr", "ms_ssim"), "audio": ("visqol", "pesq", "log_mel", "stoi", "sdr", "psnr")}
 """Metrics with Bjontegaard deltas; the first one present stands for the run. SI-SDR is left out: it falls with rate in
 codecs that do not keep the waveform."""
 
@@ -113,7 +113,8 @@ def run(options: Options) -> int:
             example_items=options.examples,
             quiet=options.quiet,
         )
-        metrics = [metric for metric in METRICS if metric.name in store.description["metrics"]]
+        kept = store.description["metrics"]
+        metrics = [metric for metric in METRICS if metric.medium == medium and metric.name in kept]
         selected = dict(zip(names, chosen.values(), strict=True))
         summary = summarise(store, metrics, anchor, overlay, problems, notices, selected)
         summary["examples"] = kept_examples(options.output, readable, options.examples)

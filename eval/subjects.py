@@ -179,8 +179,8 @@ def load_plugins(modules: Sequence[str]) -> None:
 
 
 def names(medium: str | None = None) -> list[str]:
-    """All subjects of a medium that work here: the newest shipped checkpoint of every codec, then the anchors."""
-    newest = {info.codec: info for info in checkpoint.available()}
+    """All subjects of a medium that work here: the newest version of every shipped checkpoint, then the anchors."""
+    newest = {info.family: info for info in checkpoint.available()}
     found = [info.name for info in newest.values() if medium in (None, info.medium)]
     anchors = [
         name

@@ -14,8 +14,10 @@ from PIL import Image
 
 from compand import checkpoint, registry
 from compand.codec import Codec
+from compand.sounds import Sound
 from compand.train.export import export
 from compand.train.images import CropDataset, read_rgb
+from compand.train.instruments import RATE, drum, note
 from compand.train.rate_distortion import RateDistortion
 from compand.weights import build
 
@@ -29,6 +31,25 @@ SMALL: dict[str, dict[str, Any]] = {
         "hyper_widths": [16, 16, 24],
     },
     "factorized": {"latent_channels": 48, "stages": [[8, 24, 1], [16, 32, 1]]},
+    "wavelet-image": {
+        "prior": {"hyper_channels": 8, "widths": [8, 8, 16]},
+        "lambda_range": [0.002, 0.2],
+        "transform": {"analysis_width": 16, "analysis_depth": 1, "synthesis_width": 24, "synthesis_depth": 1},
+    },
+    "wavelet-audio": {
+        "latent_channels": 24,
+        "packet_levels": 5,
+        "wavelet": "bior4.4",
+        "prior": {"hyper_channels": 8, "widths": [8, 8, 16]},
+        "transform": {
+            "analysis_width": 16,
+            "analysis_depth": 1,
+            "analysis_kernel": 3,
+            "synthesis_width": 24,
+            "synthesis_depth": 1,
+            "synthesis_kernel": 3,
+        },
+    },
 }
 """Constructor arguments that make a codec small; one that is not named here is tested as it comes."""
 
@@ -72,6 +93,14 @@ def scenery(china: Path) -> np.ndarray:
     return read_rgb(china)
 
 
+def stereo(generator: np.random.Generator) -> np.ndarray:
+    """Two seconds of a note and a drum at different places between left and right, float32 [2, N]."""
+    balance = generator.uniform(0.2, 0.8, (2, 1))
+    sources = np.stack([note(generator), drum(generator)])
+    mixture = np.stack([(balance * sources).sum(0), ((1 - balance) * sources).sum(0)])
+    return (generator.uniform(0.05, 0.45) * mixture).astype(np.float32)
+
+
 @pytest.fixture(scope="session")
 def trained(china: Path, flower: Path) -> Callable[..., Codec]:
     """trained(name, seed=0, steps=60) -> a small codec of that name in its trainable state, trained briefly."""
@@ -81,7 +110,16 @@ def trained(china: Path, flower: Path) -> Callable[..., Codec]:
             torch.manual_seed(seed)
             codec = registry.by_name(name).load_class()(**SMALL.get(name, {}))
             module = RateDistortion(codec)
-            crops = iter(CropDataset([read_rgb(china), read_rgb(flower)], 8, 64, torch.device("cpu"), seed))
+            if codec.medium == "audio":
+                generator = np.random.default_rng(seed)
+                sounds = np.stack([stereo(generator) for _ in range(8)])[:, :, None]
+                crops = (
+                    torch.from_numpy(sounds[..., start : start + 4096].copy())
+                    for start in generator.integers(0, sounds.shape[-1] - 4096, steps)
+                )
+            else:
+                images = [read_rgb(china), read_rgb(flower)]
+                crops = iter(CropDataset(images, 8, 64, torch.device("cpu"), seed))
             densities = [p for n, p in codec.named_parameters() if "density" in n]
             others = [p for n, p in codec.named_parameters() if "density" not in n]
             # Untrained densities are far too wide; they have to settle within these few steps.
@@ -109,10 +147,18 @@ def checkpoint_of(
         if name not in made:
             folder = tmp_path_factory.mktemp("checkpoints") / f"{name}-v1"
             crops = tmp_path_factory.mktemp("counted")
+            codec = trained(name)
+            if codec.medium == "audio":
+                generator = np.random.default_rng(1)
+                for i in range(4):
+                    Sound(stereo(generator), RATE).save(crops / f"{i}.wav")
+                export(codec, folder, sorted(crops.iterdir()), "cpu")
+                made[name] = folder
+                return folder
             pixels = next(iter(CropDataset([scenery], 16, 96, torch.device("cpu"), 1)))
             for i, crop in enumerate(pixels):
                 Image.fromarray(crop.permute(1, 2, 0).numpy()).save(crops / f"{i}.png")
-            export(trained(name), folder, sorted(crops.iterdir()), "cpu")
+            export(codec, folder, sorted(crops.iterdir()), "cpu")
             made[name] = folder
         return made[name]
 

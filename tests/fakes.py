@@ -33,10 +33,13 @@ class FakeInfo:
     symbols: bytes = SYMBOLS
     synthesis: bytes = b"synt"
     qualities: tuple[float, float] = (1.0, 8.0)
+    latent: None = None
 
 
 class FakeCodec:
     """Faults by the red value of the first pixel: 66 is slow, 99 is a bug."""
+
+    medium = "image"
 
     def encode(self, picture, *, quality=4.0, bpp=None, psnr=None, compact=None, progress=None):
         if not 1 <= quality <= 8:
@@ -76,9 +79,14 @@ class FakeCodec:
             raise BitstreamError("symbols do not decode", chunk=0) from error
 
 
-def load(name="hyperprior", *, device="auto"):
+def find(name):
     if name not in ("hyperprior", "fake-v1"):
         raise CheckpointError(f"checkpoint {name} is unknown: see compand codecs")
+    return FakeInfo()
+
+
+def load(name="hyperprior", *, device="auto"):
+    find(name)
     return FakeCodec()
 
 
@@ -93,6 +101,7 @@ def for_header(header):
 def install(set_attribute=setattr, set_item=dict.__setitem__):
     """Put the fake in the place of the real codecs; the arguments let monkeypatch do it, and undo it."""
     checkpoint = ModuleType("compand.checkpoint")
+    checkpoint.find = find
     checkpoint.for_header = for_header
     set_item(sys.modules, "compand.checkpoint", checkpoint)
     set_attribute(compand, "load", load)

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from compand import registry
-from compand.bottlenecks.factorized import FactorizedDensity, blend, ste_round, to_symbols
+from compand.bottlenecks.factorized import (
+    QUANTIZATIONS,
+    FactorizedBottleneck,
+    FactorizedDensity,
+    blend,
+    noisy,
+    quantised,
+    ste_round,
+    to_symbols,
+)
 from compand.bottlenecks.gains import GainUnit, step_gains
 from compand.bottlenecks.hyperprior import (
     MIN_LOG2_SCALE,
@@ -23,12 +34,17 @@ from compand.bottlenecks.hyperprior import (
     scale_indexes,
     table_scales,
 )
-from compand.codec import level_table_at
+from compand.codec import Bottleneck, level_table_at
 from compand.coding.integer import FRACTION_BITS, interpolate_levels, to_fixed
-from compand.errors import CheckpointError
+from compand.errors import CheckpointError, UsageError
 from compand.image_codec import tile_rows
 
 NAMES = [entry.name for entry in registry.entries() if entry.medium == "image"]
+
+
+def prior_of(bottleneck: Bottleneck) -> FactorizedBottleneck | HyperpriorBottleneck:
+    """The bottleneck with the tables, within any compander."""
+    return getattr(bottleneck, "inner", bottleneck)
 
 
 def adam_groups(module: torch.nn.Module) -> list[dict[str, object]]:
@@ -78,17 +94,16 @@ def test_integer_and_floating_interpolation_agree():
         assert float((integer / (1 << FRACTION_BITS) - floating).abs().max()) <= 1.01 / (1 << FRACTION_BITS)
 
 
-def test_initial_gains_meet_the_multiplier():
+@pytest.mark.parametrize("channels", [1, 2, 3, 12])
+def test_initial_gains_meet_the_multiplier(channels):
     """At high rate d(R)/d(step) + lambda d(D)/d(step) is 0 at the step 1 / gain."""
-    for value, gain in zip([0.0016, 0.15], step_gains([0.0016, 0.15]), strict=True):
+    for value, gain in zip([0.0016, 0.15], step_gains([0.0016, 0.15], channels), strict=True):
 
         def cost(step: float, multiplier: float = value) -> float:
-            # R per pixel of three coefficients, D the mean over them.
-            return -3 * math.log2(step) + multiplier * 255**2 * step**2 / 12
+            # R per position is that of all channels' coefficients, D the mean over them.
+            return -channels * math.log2(step) + multiplier * 255**2 * step**2 / 12
 
         best = min(np.exp(np.linspace(-8, 4, 24001)), key=cost)
-        # The gain counts D as a mean over three channels and R as their sum, each divided by three.
-        assert best == pytest.approx(math.sqrt(3 * 18 / (value * 255**2 * math.log(2)) / 3), rel=1e-3)
         assert 1 / gain == pytest.approx(best, rel=1e-3)
 
 
@@ -124,6 +139,57 @@ def test_scales_of_the_tables():
     assert len(scales) == SCALES and scales[0] == 2**MIN_LOG2_SCALE
     np.testing.assert_allclose(np.diff(np.log2(scales)), SCALE_STEP / (1 << FRACTION_BITS))
     assert scales[-1] > 256
+
+
+# ------------------------------------------------------------------------------------- what stands for rounding
+
+
+def test_noise_and_rounding_stand_where_they_should():
+    x = (torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 5).requires_grad_()
+    mixed, noise, none = (quantised(x, name, training=True) for name in QUANTIZATIONS)
+    for coded, _ in (mixed, noise):
+        difference = (coded - x).detach()
+        assert float(difference.abs().max()) <= 0.5
+        assert float(difference.std()) == pytest.approx(12**-0.5, rel=0.1)
+    torch.testing.assert_close(mixed[1], x.round())
+    assert noise[1] is noise[0] and none[0] is x and none[1] is x
+    for _, decoded in (mixed, noise, none):
+        (gradient,) = torch.autograd.grad(decoded.sum(), x)
+        assert torch.equal(gradient, torch.ones_like(x))
+    for name in QUANTIZATIONS:
+        coded, decoded = quantised(x, name, training=False)
+        assert torch.equal(coded, x.round())
+        torch.testing.assert_close(decoded, x.round())
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+@pytest.mark.parametrize("kind", ["factorized", "hyperprior"])
+def test_the_three_ways_of_training(kind, dimensions):
+    quality = torch.tensor([100, 100])
+    y = latents(dimensions)
+    for quantization in QUANTIZATIONS:
+        bottleneck = make(kind, dimensions, quantization=quantization).train()
+        with torch.no_grad():
+            first, second = bottleneck(y, quality), bottleneck(y, quality)
+            steps = (first.y_hat - y) * bottleneck.y_gain.gain(quality)
+            errors = (bottleneck.eval()(y, quality).y_hat - y) * bottleneck.y_gain.gain(quality)
+        if quantization == "none":
+            assert float(steps.abs().max()) < 1e-4
+            assert torch.equal(first.bits, second.bits)
+        else:
+            assert float(steps.abs().max()) < 0.501 and float(steps.std()) == pytest.approx(12**-0.5, rel=0.1)
+            assert not torch.equal(first.bits, second.bits)
+        assert float(errors.abs().max()) < 0.501
+
+
+def test_arguments_that_do_not_exist():
+    for build in (FactorizedBottleneck, HyperpriorBottleneck):
+        with pytest.raises(UsageError, match="mixed, noise, none"):
+            build(4, [0.1, 0.2], quantization="dither")
+    with pytest.raises(UsageError, match="3 dimensions"):
+        HyperpriorBottleneck(4, [0.1, 0.2], dimensions=3)
+    with pytest.raises(UsageError, match="hyper_analysis_kernel 1"):
+        HyperpriorBottleneck(4, [0.1, 0.2], hyper_analysis_kernel=1)
 
 
 # ------------------------------------------------------------------------------------------------------ tables
@@ -166,19 +232,130 @@ def test_noisy_bits_are_those_of_the_masses():
     step = torch.tensor([0.5, 2.0])[None, :, None, None]
     optimizer = torch.optim.Adam(adam_groups(density), lr=0.05)
     for _ in range(80):
-        loss = density.bits(x, step).mean() / 3200 + density.auxiliary_loss()
+        loss = density.bits(noisy(x / step), step).mean() / 3200 + density.auxiliary_loss()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        noisy = float(density.bits(x, step).sum())
+        estimated = float(density.bits(noisy(x / step), step).sum())
         tables = blend(*density.masses(step.flatten()), [{}, {}])
     symbols = torch.round(x / step).int().numpy()
     indexes = np.broadcast_to(np.arange(2)[None, :, None, None], symbols.shape)
-    assert tables.bits(symbols.ravel(), indexes.ravel()).sum() == pytest.approx(noisy, rel=0.01)
+    assert tables.bits(symbols.ravel(), indexes.ravel()).sum() == pytest.approx(estimated, rel=0.01)
     # And both near the truth: a Gaussian of standard deviation s steps has log2(s sqrt(2 pi e)) bits.
     truth = sum(math.log2(s * math.sqrt(2 * math.pi * math.e)) for s in (6, 4)) * 8 * 1600
-    assert noisy == pytest.approx(truth, rel=0.03)
+    assert estimated == pytest.approx(truth, rel=0.03)
+
+
+# -------------------------------------------------------------------------------------------- one and two axes
+
+LAMBDAS = [0.002, 0.01, 0.05, 0.25]
+
+
+def make(kind: str, dimensions: int, trainable: bool = True, **arguments: Any) -> Any:
+    """A small bottleneck of 5 channels, with tables that differ from place to place."""
+    torch.manual_seed(2)
+    if kind == "factorized":
+        return FactorizedBottleneck(5, LAMBDAS, trainable, **arguments)
+    bottleneck = HyperpriorBottleneck(
+        5, LAMBDAS, 4, (4, 4, 8), trainable, dimensions=dimensions, hyper_analysis_kernel=3, **arguments
+    )
+    if trainable:
+        with torch.no_grad():
+            bottleneck.hyper_synthesis[-1].weight.mul_(20)
+            bottleneck.hyper_analysis[-1].weight.mul_(20)
+    return bottleneck
+
+
+def latents(dimensions: int, batch: int = 2, height: int = 14, width: int = 45) -> Tensor:
+    """Latents whose scale differs between channels."""
+    shape = (batch, 5, height if dimensions == 2 else 1, width)
+    scales = torch.tensor([0.1, 0.5, 1, 2, 6])[:, None, None]
+    return torch.randn(shape, generator=torch.Generator().manual_seed(4)) * scales
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+@pytest.mark.parametrize("kind", ["factorized", "hyperprior"])
+@settings(max_examples=20, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    height=st.integers(1, 10),
+    width=st.integers(1, 60),
+    quality=st.integers(32, 128),
+)
+def test_bytes_give_what_forward_gave(kind, dimensions, batch, height, width, quality):
+    bottleneck = make(kind, dimensions)
+    bottleneck.freeze()
+    bottleneck.eval()
+    y = latents(dimensions, batch, height, width)
+    shape = (y.shape[2], y.shape[3])
+    with torch.inference_mode():
+        output = bottleneck(y, torch.full((batch,), quality))
+        payloads = bottleneck.compress(y, quality)
+        assert torch.equal(bottleneck.decompress(payloads, shape, quality), output.y_hat)
+    for payload, bits in zip(payloads, output.bits.tolist(), strict=True):
+        assert abs(8 * len(payload) - bits) < 64
+        assert 8 * len(payload) + 64 >= bottleneck.least_bits(shape)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_threads_and_batches_decode_alike(dimensions):
+    bottleneck = make("hyperprior", dimensions)
+    bottleneck.freeze()
+    bottleneck.eval()
+    y = latents(dimensions, 3, 40, 300)
+    shape = (y.shape[2], y.shape[3])
+    threads = torch.get_num_threads()
+    with torch.inference_mode():
+        payloads = bottleneck.compress(y.contiguous(memory_format=torch.channels_last), 77)
+        expected = bottleneck.decompress(payloads, shape, 77)
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                assert torch.equal(bottleneck.decompress(payloads, shape, 77), expected)
+        finally:
+            torch.set_num_threads(threads)
+        alone = [bottleneck.decompress([payload], shape, 77) for payload in payloads]
+    assert torch.equal(torch.cat(alone), expected)
+    # The tables really differ from place to place, so that a wrong index would have shown.
+    assert len(np.unique(bottleneck.count(y, 77)[1][0])) > 10
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+@pytest.mark.parametrize("kernel", [2, 3, 4, 5])
+def test_z_has_a_quarter_of_the_resolution(dimensions, kernel):
+    bottleneck = HyperpriorBottleneck(
+        5, LAMBDAS, 4, (4, 4, 8), dimensions=dimensions, hyper_analysis_kernel=kernel
+    )
+    bottleneck.freeze()
+    for height, width in ((1, 1), (4, 8), (5, 9), (7, 11)):
+        y = latents(dimensions, 1, height, width)
+        positions = -(-y.shape[2] // 4) * -(-y.shape[3] // 4)
+        with torch.inference_mode():
+            (_, z), (_, symbols) = bottleneck.eval().count(y, 60)
+            assert bottleneck.train()(y, torch.tensor([60])).y_hat.shape == y.shape
+        assert z.size == 4 * positions and symbols.size == y.numel()
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+@pytest.mark.parametrize("kind", ["factorized", "hyperprior"])
+def test_a_frozen_state_decodes_elsewhere(kind, dimensions):
+    source, other = make(kind, dimensions), make(kind, dimensions, trainable=False)
+    source.freeze()
+    other.load_state_dict(source.state_dict(), strict=False)
+    other.load_frozen(source.frozen_arrays())
+    y = latents(dimensions)
+    with torch.inference_mode():
+        payloads = source.eval().compress(y, 90)
+        decoded = other.eval().decompress(payloads, tuple(y.shape[2:]), 90)
+        assert torch.equal(decoded, source(y, torch.tensor([90, 90])).y_hat)
+
+
+def test_a_prior_of_the_other_dimension_is_refused():
+    source = make("hyperprior", 1)
+    source.freeze()
+    with pytest.raises(CheckpointError, match="prior"):
+        make("hyperprior", 2, trainable=False).load_frozen(source.frozen_arrays())
 
 
 # ------------------------------------------------------------------------------------------------- two states
@@ -189,10 +366,10 @@ def test_frozen_and_trainable_bits_agree(name, scenery):
     torch.manual_seed(0)
     codec = registry.by_name(name).load_class()(**SMALL.get(name, {}))
     bottleneck = codec.bottleneck
-    if name == "hyperprior":
+    if isinstance(prior_of(bottleneck), HyperpriorBottleneck):
         with torch.no_grad():
             # From wide scales the prior settles within seconds; from narrow ones most symbols have no gradient.
-            bottleneck.hyper_synthesis[-1].bias[bottleneck.latent_channels :] = 1
+            prior_of(bottleneck).hyper_synthesis[-1].bias[bottleneck.latent_channels :] = 1
     whole = tile_rows(256, 320, 0)[0][0]
     with torch.no_grad():
         latents = {level: codec.analyse(scenery[:256, :320], whole, level) for level in range(32, 257, 16)}
@@ -203,15 +380,15 @@ def test_frozen_and_trainable_bits_agree(name, scenery):
         optimizer.zero_grad()
         (output.bits.mean() / 15360 + output.losses["auxiliary"]).backward()
         optimizer.step()
-    # Where most symbols are 0, noise in place of rounding costs more than rounding does.
-    for level, tolerance in ((32, 0.15), (96, 0.06), (160, 0.02), (256, 0.01)):
+    # Where most symbols are 0, noise in place of rounding costs more bits a symbol than rounding does.
+    for level, tolerance in ((32, 0.2), (96, 0.12), (160, 0.08), (256, 0.02)):
         quality = torch.tensor([level])
         with torch.no_grad():
             floating = bottleneck.train()(latents[level], quality)
             bottleneck.freeze()
             frozen = bottleneck.eval()(latents[level], quality)
-        assert float(frozen.bits) == pytest.approx(float(floating.bits), rel=tolerance)
-        assert float(frozen.bits) < 1.01 * float(floating.bits)
+        excess = float(floating.bits - frozen.bits) / latents[level].numel()
+        assert -0.01 < excess < tolerance
         assert float((frozen.y_hat - floating.y_hat).abs().mean()) < 0.005
         assert not frozen.losses and set(floating.losses) == {"auxiliary"}
 
@@ -239,7 +416,8 @@ def test_counting_sees_what_compress_codes(name, exact, scenery):
     assert len(counted) == len(bottleneck.table_counts())
     for (indexes, symbols), number in zip(counted, bottleneck.table_counts(), strict=True):
         assert indexes.shape == symbols.shape and indexes.min() >= 0 and indexes.max() < number
-    tables = [bottleneck.tables] if name == "factorized" else bottleneck._frozen()
+    tables = prior_of(bottleneck)._frozen()
+    tables = tables if isinstance(tables, tuple) else (tables,)
     total = sum(
         part.bits(symbols, indexes).sum() for part, (indexes, symbols) in zip(tables, counted, strict=True)
     )

@@ -174,6 +174,18 @@ def test_suffix_of_the_output_decides_the_format(capsys):
     assert Path("out/a.jpg").read_bytes()[:2] == b"\xff\xd8"
 
 
+def test_pictures_of_many_bands_are_arrays(capsys):
+    bands = np.random.default_rng(0).integers(0, 256, (6, 5, 4), np.uint8)
+    np.save("a.npy", bands)
+    assert run("encode", "a.npy") == 0
+    assert run("info", "a.cpd") == 0
+    assert "5 x 6 pixels, 4 bands, 8 bit" in capsys.readouterr().out
+    assert run("decode", "a.cpd", "-o", "back/") == 0
+    assert np.array_equal(np.load("back/a.npy"), bands)
+    assert run("decode", "a.cpd", "-o", "b.png") == 1
+    assert "4 bands: save as .npy" in capsys.readouterr().err
+
+
 def test_partial_decoding_writes_and_reports(capsys):
     picture("a.png", size=(40, 40))
     assert run("encode", "a.png", "--no-compact") == 0

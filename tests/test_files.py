@@ -111,6 +111,12 @@ def test_decoded_names_do_not_repeat_their_suffix():
     assert targets(jobs) == ["out/photo.png", "out/photo.jpg.png", "out/b.png"]
 
 
+def test_every_input_may_have_a_suffix_of_its_own():
+    several = inputs("a.cpd", "b.cpd", "b.flac.cpd")
+    jobs = files.plan(several, None, lambda item: ".png" if item.name == "a.cpd" else ".flac", several=True)
+    assert targets(jobs) == ["a.png", "b.cpd.flac", "b.flac.cpd.flac"]
+
+
 def test_equal_names_from_two_folders_are_refused_before_anything_is_written():
     with pytest.raises(UsageError, match=r"x/a\.png.*y/a\.png"):
         files.plan(inputs("x/a.png", "y/a.png"), "out", ".cpd", several=True)
@@ -240,6 +246,31 @@ def test_devices_are_written_to_and_a_full_one_is_named():
     full = r"/dev/full: no space left.*; free some space"
     with pytest.raises(MediaError, match=full), files.atomic_write(Path("/dev/full")) as stream:
         stream.write(b"too much")
+
+
+def test_a_stream_of_blocks_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    item = inputs("in")[0]
+    jobs = files.Job(item, tmp_path / "out"), files.Job(item, None)
+
+    def fail(job: files.Job) -> None:
+        with files.open_output(job) as stream:
+            stream.write(b"half")
+            raise RuntimeError
+
+    with open(tmp_path / "piped", "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        for job in jobs:
+            with pytest.raises(RuntimeError):
+                fail(job)
+        assert [path.name for path in tmp_path.iterdir()] == ["piped"]
+        for job in jobs:
+            with files.open_output(job) as stream:
+                stream.write(b"????? world")
+                stream.seek(0)
+                stream.write(b"hello")
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "piped").read_bytes() == b"hello world"
+    with pytest.raises(MediaError, match="out exists"):
+        fail(jobs[0])
 
 
 # ------------------------------------------------------------------------------------------ the batch

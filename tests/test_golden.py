@@ -1,4 +1,4 @@
-"""Files of every release decode for ever: their symbols exactly, their pictures up to floating-point rounding."""
+"""Files of every release decode for ever: their symbols exactly, their pictures and sounds up to floating-point rounding."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import compand
 import compand.checkpoint
 import compand.coding.container
 from compand.pictures import psnr, read_picture
+from compand.sounds import Sound, read_sound
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = sorted(GOLDEN.glob("*/*.cpd"))
@@ -42,6 +43,12 @@ def test_golden_file_decodes(path: Path, codecs: dict[str, compand.Codec]) -> No
     with symbol_digest() as digest:
         decoded = codecs[path.parent.name].decode(data)
     assert digest.hexdigest() == json.loads((path.parent / "symbols.json").read_text())[path.stem]
+    if isinstance(decoded, Sound):
+        recorded = read_sound(path.with_suffix(".flac"))
+        assert (decoded.rate, decoded.samples.shape) == (recorded.rate, recorded.samples.shape)
+        error = np.square(decoded.samples - recorded.samples).mean()
+        assert error < 1e-4 * np.square(recorded.samples).mean() + 1e-12
+        return
     expected = read_picture(path.with_suffix(".png"))
     assert decoded.pixels.shape == expected.pixels.shape
     # Synthesis may run in bfloat16 or in float32, by the machine.

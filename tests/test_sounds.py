@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compand.errors import MediaError, UsageError
-from compand.sounds import Sound, as_stored, is_sound_path, read_sound, resample
+from compand.sounds import Sound, SoundReader, SoundWriter, as_stored, is_sound_path, read_sound, resample
 
 
 def noise(channels: int = 2, length: int = 1000, rate: int = 8000, seed: int = 0) -> Sound:
@@ -194,3 +194,93 @@ def test_impossible_rates_are_refused():
 def test_extensions():
     assert is_sound_path("a/B.FLAC") and is_sound_path("x.opus")
     assert not any(map(is_sound_path, ("a.png", "a.txt", "a", "a.raw", "a.cpd")))
+
+
+# ------------------------------------------------------------------------------------------------ block by block
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "opus", "mp3", "aiff", "caf", "w64", "au"])
+def test_blocks_are_the_sound(tmp_path: Path, suffix: str):
+    sound = noise(2, 24_000, 48_000)
+    sound.save(tmp_path / f"whole.{suffix}")
+    with SoundWriter(tmp_path / f"blocks.{suffix}", 48_000, 2) as writer:
+        for start, stop in ((0, 1), (1, 1), (1, 9000), (9000, 24_000)):
+            writer.write(sound.samples[:, start:stop])
+    expected = read_sound(tmp_path / f"whole.{suffix}").samples
+    np.testing.assert_array_equal(read_sound(tmp_path / f"blocks.{suffix}").samples, expected)
+    with SoundReader(tmp_path / f"blocks.{suffix}") as reader:
+        assert (reader.rate, reader.channels) == (48_000, 2)
+        assert reader.frames in (24_000, None) and (reader.frames is None) == (suffix == "mp3")
+        for size in (7777, 100_000):
+            blocks = list(reader.blocks(size))
+            assert all(block.shape == (2, size) and block.dtype == np.float32 for block in blocks[:-1])
+            np.testing.assert_array_equal(np.concatenate(blocks, axis=1), expected)
+
+
+class Pipe(io.RawIOBase):
+    """What standard output is to a program: it takes bytes and cannot seek."""
+
+    def __init__(self) -> None:
+        self.content = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        self.content += bytes(data)
+        return len(data)
+
+
+def test_streams_get_what_files_get(tmp_path: Path):
+    sound = noise(1, 5000)
+    sound.save(tmp_path / "a.wav")
+    stream, pipe = io.BytesIO(), Pipe()
+    for target in (stream, pipe):
+        with SoundWriter(target, 8000, 1, "wav") as writer:
+            writer.write(sound.samples)
+    assert stream.getvalue() == pipe.content == (tmp_path / "a.wav").read_bytes()
+    with open(tmp_path / "b.wav", "wb") as opened, SoundWriter(opened, 8000, 1) as writer:
+        writer.write(sound.samples)
+        writer.close()
+        assert not opened.closed
+    assert (tmp_path / "b.wav").read_bytes() == pipe.content
+
+
+def test_a_pipe_gets_nothing_of_a_sound_that_failed():
+    pipe = Pipe()
+    with pytest.raises(AttributeError), SoundWriter(pipe, 8000, 1) as writer:
+        writer.write(noise(1, 100))
+    assert pipe.content == b""
+
+
+def test_a_writer_that_is_refused_leaves_no_file(tmp_path: Path):
+    for name, rate, channels in (
+        ("a.opus", 11025, 1),
+        ("a.mp3", 8000, 5),
+        ("a.png", 8000, 1),
+        ("a", 8000, 1),
+    ):
+        with pytest.raises(MediaError, match=r"cannot hold|no audio format"):
+            SoundWriter(tmp_path / name, rate, channels)
+    with pytest.raises(OSError, match="No such file"):
+        SoundWriter(tmp_path / "none" / "a.wav", 8000, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_needs_memory_for_a_block_alone(tmp_path: Path):
+    noise(1, 2**20).save(tmp_path / "long.wav")
+    tracemalloc.start()
+    try:
+        with SoundReader(tmp_path / "long.wav") as reader:
+            total = sum(block.shape[1] for block in reader.blocks(4096))
+        assert total == 2**20 and tracemalloc.get_traced_memory()[1] < 2**19
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_reader_tells_a_truncated_file_at_its_end():
+    stream = io.BytesIO()
+    noise(1, 50_000).save(stream, "flac")
+    cut = io.BytesIO(stream.getvalue()[: len(stream.getvalue()) // 2])
+    with SoundReader(cut) as reader, pytest.raises(MediaError, match=r"truncated|not a sound"):
+        list(reader.blocks(1000))

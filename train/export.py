@@ -7,27 +7,38 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from compand import registry
-from compand.codec import QUALITY_STEPS
+from compand.audio_codec import AudioCodec
+from compand.codec import QUALITY_STEPS, Codec
 from compand.errors import CheckpointError
 from compand.image_codec import TILE, ImageCodec, tile_rows
+from compand.sounds import read_sound, resample
 from compand.train.images import find_images, read_rgb
+from compand.train.sounds import find_sounds, split
 from compand.weights import check_new, choose_device, save
 
+EXCERPT = 2**17
+"""Samples of an excerpt of a sound whose symbols are counted."""
 
-def load_run(path: Path) -> tuple[ImageCodec, dict[str, Any]]:
+PART = 2**19
+"""Samples of a sound in which one excerpt lies."""
+
+
+def load_run(path: Path) -> tuple[Codec, dict[str, Any]]:
     """The codec of a Lightning checkpoint in its trainable state, with averaged weights if the run kept them.
 
     Returns:
-        The codec and the facts of the run (steps, minutes).
+        The codec and the facts of the run: steps, minutes, and the arguments of its data module.
 
     Raises:
         CheckpointError: not a checkpoint of `compand train`.
@@ -40,9 +51,12 @@ def load_run(path: Path) -> tuple[ImageCodec, dict[str, Any]]:
             .load_class()
             .from_architecture(described["architecture"], trainable=True)
         )
-        if not isinstance(codec, ImageCodec):
-            raise TypeError(f"{codec.name} is no image codec")
         state = run["state_dict"]
+        facts = {
+            "steps": run["global_step"],
+            "minutes": run["elapsed_seconds"] / 60,
+            "data": run.get("datamodule_hyper_parameters") or {},
+        }
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (KeyError, TypeError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
@@ -51,57 +65,99 @@ def load_run(path: Path) -> tuple[ImageCodec, dict[str, Any]]:
         ) from error
     prefix = "codec."
     codec.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-    return codec, {"steps": run["global_step"], "minutes": run["elapsed_seconds"] / 60}
+    return codec, facts
+
+
+def picture_latents(codec: ImageCodec, path: Path, qualities: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
+    """Latents [1, M, h, w] of the first tile of a picture at every one of some qualities, with the quality."""
+    pixels = read_rgb(path)
+    tile = tile_rows(pixels.shape[0], pixels.shape[1], TILE)[0][0]
+    for quality in qualities:
+        yield codec.analyse(pixels, tile, quality), quality
+
+
+def sound_latents(
+    codec: AudioCodec, path: Path, qualities: Sequence[int], generator: np.random.Generator
+) -> Iterator[tuple[Tensor, int]]:
+    """Latents [1, M, 1, n] of excerpts of a sound at every one of some qualities, with the quality.
+
+    One excerpt of `EXCERPT` samples lies anywhere in each part of `PART`; each group of the codec's channels comes on
+    its own.
+    """
+    sound = read_sound(path)
+    if codec.rate is not None:
+        sound = resample(sound, codec.rate)
+    for begin in range(0, sound.length, PART):
+        part = sound.samples[:, begin : begin + PART]
+        start = int(generator.integers(max(part.shape[1] - EXCERPT, 0) + 1))
+        for quality in qualities:
+            for group in codec.analyse(part[:, start : start + EXCERPT], quality).split(1):
+                yield group, quality
 
 
 @torch.inference_mode()
-def count_symbols(codec: ImageCodec, images: Iterable[Path], seed: int = 0) -> list[list[Counter[int]]]:
-    """How often each symbol occurs with each table, every image at one random quality per level."""
+def count_symbols(codec: Codec, files: Iterable[Path], seed: int = 0) -> list[list[Counter[int]]]:
+    """How often each symbol occurs with each table, every picture or sound at one random quality per level."""
     generator = np.random.default_rng(seed)
     totals: list[list[Counter[int]]] = []
-    for path in images:
-        pixels = read_rgb(path)
-        tile = tile_rows(pixels.shape[0], pixels.shape[1], TILE)[0][0]
-        for level in range(codec.levels):
-            quality = round(QUALITY_STEPS * (level + generator.uniform(0.5, 1.5)))
-            quality = min(max(quality, QUALITY_STEPS), codec.levels * QUALITY_STEPS)
-            y = codec.analyse(pixels, tile, quality)
+    for path in files:
+        drawn = np.round(
+            QUALITY_STEPS * (np.arange(codec.levels) + generator.uniform(0.5, 1.5, codec.levels))
+        )
+        qualities = drawn.astype(int).clip(QUALITY_STEPS, codec.levels * QUALITY_STEPS).tolist()
+        latents = (
+            sound_latents(codec, path, qualities, generator)
+            if isinstance(codec, AudioCodec)
+            else picture_latents(cast(ImageCodec, codec), path, qualities)
+        )
+        for y, quality in latents:
             for i, (indexes, symbols) in enumerate(codec.bottleneck.count(y, quality)):
-                keys, counts = np.unique(
-                    (indexes.astype(np.int64) << 32) + symbols + (1 << 31), return_counts=True
-                )
-                tables = keys >> 32
-                values = (keys & 0xFFFFFFFF) - (1 << 31)
                 while len(totals) <= i:
                     totals.append([])
-                total = totals[i]
-                total.extend(Counter() for _ in range(int(tables.max()) + 1 - len(total)))
-                for table, value, number in zip(
-                    tables.tolist(), values.tolist(), counts.tolist(), strict=True
-                ):
-                    total[table][value] += number
+                _add(totals[i], indexes, symbols)
     return totals
 
 
-def export(codec: ImageCodec, folder: Path, images: Sequence[Path], device: str = "auto") -> None:
+def _add(totals: list[Counter[int]], indexes: NDArray[np.int64], symbols: NDArray[np.int32]) -> None:
+    """Adds the symbols coded with each table to the counts of that table."""
+    # An index and a symbol make one integer, so that one sort counts the pairs.
+    keys, counts = np.unique((indexes.astype(np.int64) << 32) + symbols + (1 << 31), return_counts=True)
+    tables, values = keys >> 32, (keys & 0xFFFFFFFF) - (1 << 31)
+    totals.extend(Counter() for _ in range(int(tables.max(initial=-1)) + 1 - len(totals)))
+    for table, value, number in zip(tables.tolist(), values.tolist(), counts.tolist(), strict=True):
+        totals[table][value] += number
+
+
+def export(codec: Codec, folder: Path, files: Sequence[Path], device: str = "auto") -> None:
     """Freezes a trained codec and writes its checkpoint.
 
-    The tables are made twice: from the trained densities, and again with the symbols that `images` give with those.
+    The tables are made twice: from the trained densities, and again with the symbols that `files` give with those.
 
     Args:
         codec: trainable codec.
         folder: new folder NAME-vN.
-        images: training images; without any, the tables follow the densities alone.
+        files: training pictures or sounds; without any, the tables follow the densities alone.
     """
     check_new(folder)
     codec.eval().to(choose_device(device))
     codec.bottleneck.freeze()
-    if images:
-        counts = count_symbols(codec, images)
+    if files:
+        counts = count_symbols(codec, files)
         for part, number in zip(counts, codec.bottleneck.table_counts(), strict=True):
             part.extend(Counter() for _ in range(number - len(part)))
         codec.bottleneck.freeze(counts)
     save(codec, folder)
+
+
+def training_files(codec: Codec, root: Path, data: Mapping[str, Any]) -> list[Path]:
+    """The files below a folder that suit a codec's medium.
+
+    Args:
+        data: arguments of the run's data module; sounds that it held out are left out.
+    """
+    if codec.medium == "image":
+        return find_images(root)
+    return split(find_sounds(root), data.get("held_out") or (), data.get("every_third") or ())[0]
 
 
 def next_version(root: Path, name: str) -> Path:
@@ -120,21 +176,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         "-o", "--output", type=Path, help="checkpoint folder; default: the next checkpoints/NAME-vN"
     )
     parser.add_argument(
-        "--data", type=Path, help="folder of training images, to count symbols for the tables"
+        "--data",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="folders of training images or sounds, to count symbols for the tables; sounds that the run held out "
+        "are left out",
     )
-    parser.add_argument("--images", type=int, default=200, help="how many of them to use (default 200)")
+    parser.add_argument(
+        "--files", "--images", type=int, default=200, help="how many to use of each folder (default 200)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     arguments = parser.parse_args(argv)
     codec, facts = load_run(arguments.run)
     folder = arguments.output or next_version(Path("checkpoints"), codec.name)
-    paths = find_images(arguments.data) if arguments.data else []
-    if not paths:
+    if not arguments.data:
         print(
             "compand export: without --data FOLDER the tables follow the densities alone; files get larger",
             file=sys.stderr,
         )
-    step = max(math.ceil(len(paths) / arguments.images), 1)
-    export(codec, folder, paths[::step], arguments.device)
+    files: list[Path] = []
+    for root in arguments.data:
+        found = training_files(codec, root, facts["data"])
+        files += found[:: max(math.ceil(len(found) / arguments.files), 1)]
+    export(codec, folder, files, arguments.device)
     write_card(folder, facts)
     print(f"{folder}: {codec.name} after {facts['steps']} steps, {facts['minutes']:.1f} minutes")
 

@@ -1,4 +1,4 @@
-"""The LightningModule that trains any image codec for rate and distortion at all of its qualities at once."""
+"""The LightningModule that trains any codec for rate and distortion at all of its qualities at once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compand.audio_codec import AudioCodec
 from compand.checkpoint import find
 from compand.codec import QUALITY_STEPS, Codec, level_table_at
 from compand.train.optim import MuonAdam
@@ -17,14 +18,29 @@ from compand.train.schedule import TimedModule
 from compand.weights import warm_start
 
 
+def as_samples(batch: Tensor) -> Tensor:
+    """What a data module yields as samples of a codec: bytes of pictures become numbers in [0, 1], channels last;
+    floating-point samples are taken as they are."""
+    if batch.is_floating_point():
+        return batch
+    return (batch.float() / 255).contiguous(memory_format=torch.channels_last)
+
+
+def rate_unit(codec: Codec) -> tuple[str, float]:
+    """The unit in which rates of a medium are shown, and how many of it are one bit per pixel or time step."""
+    if not isinstance(codec, AudioCodec):
+        return "bpp", 1.0
+    return ("bits", 1.0) if codec.rate is None else ("kbps", codec.rate / 1000)
+
+
 class RateDistortion(TimedModule):
     """Minimises the mean over sampled qualities q of w(q) (R + lambda(q) 255^2 D).
 
-    R is in bits per pixel, D the mean squared error of samples in [0, 1]. Every item of a batch gets its own quality,
-    drawn uniformly from the codec's continuous range, with its Lagrange multiplier interpolated geometrically between
-    the codec's `lambdas`; w(q) = lambda(q)^-1/2, scaled to 1 at the middle, keeps the high rates from drowning the low
-    ones (a relative saving counts about the same at every rate). The auxiliary loss of the factorised density's
-    quantiles is added; its gradient reaches the quantiles alone.
+    R is in bits per pixel (of a sound, per time step), D the mean squared error of samples in [0, 1] (of a sound, in
+    [-1, 1]). Every item of a batch gets its own quality, drawn uniformly from the codec's continuous range, with its
+    Lagrange multiplier interpolated geometrically between the codec's `lambdas`; w(q) = lambda(q)^-1/2, scaled to 1 at
+    the middle, keeps the high rates from drowning the low ones (a relative saving counts about the same at every rate).
+    The auxiliary loss of the factorised density's quantiles is added; its gradient reaches the quantiles alone.
 
     On one CUDA device the forward and backward pass are captured as a CUDA graph, since a step at these model sizes is
     bound by kernel launches.
@@ -80,7 +96,7 @@ class RateDistortion(TimedModule):
         self._warm = 0
 
     def evaluate(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """x: [batch, 3, h, w] in [0, 1]. Returns bits per pixel [batch], mean squared error [batch], further losses."""
+        """x: [batch, channels, h, w]. Returns bits per pixel [batch], mean squared error [batch], further losses."""
         y = self._analysis(x, quality)
         output = self.codec.bottleneck(y, quality)
         x_hat = self._synthesis(output.y_hat, quality)
@@ -88,8 +104,8 @@ class RateDistortion(TimedModule):
         return output.bits / (x.shape[2] * x.shape[3]), mse, output.losses
 
     def loss(self, crops: Tensor) -> tuple[Tensor, Tensor]:
-        """crops: uint8 [batch, 3, h, w]. Returns the loss and [loss, bpp, mse] for the log."""
-        x = (crops.float() / 255).contiguous(memory_format=torch.channels_last)
+        """crops: uint8 or float32 [batch, channels, h, w]. Returns the loss and [loss, bpp, mse] for the log."""
+        x = as_samples(crops)
         levels = self.codec.levels
         quality = QUALITY_STEPS + torch.randint(
             0, (levels - 1) * QUALITY_STEPS + 1, (x.shape[0],), device=x.device
@@ -143,10 +159,11 @@ class RateDistortion(TimedModule):
         optimizer.step()
         # Reading a value waits for the device, so it is done only as often as the log asks for it.
         if (batch_index + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            loss, bpp, mse = shown.tolist()
+            loss, bits, mse = shown.tolist()
             if not math.isfinite(loss):
                 raise FloatingPointError(f"loss is {loss} at step {self.global_step}; lower --model.lr")
-            values = {"loss": loss, "bpp": bpp, "psnr": -10 * math.log10(mse)}
+            unit, factor = rate_unit(self.codec)
+            values = {"loss": loss, unit: factor * bits, "psnr": -10 * math.log10(mse)}
             self.log_dict(values, prog_bar=True, on_step=True, on_epoch=False)
 
     def _graphs(self) -> bool:
@@ -180,29 +197,28 @@ class RateDistortion(TimedModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["codec"] = {"name": self.codec.name, "architecture": self.codec.architecture}
 
-    def validation_step(self, image: Tensor, batch_index: int) -> None:
-        """Estimated rate and PSNR of one whole image at every quality level.
+    def validation_step(self, item: Tensor, batch_index: int) -> None:
+        """Estimated rate and PSNR of one whole picture, or of an excerpt of a sound, at every quality level.
 
-        `val/cost` is the mean over levels of log10(bpp) - PSNR / 20, which does not change along a curve of 6 dB a
-        bit per pixel doubling and falls as the curve improves.
+        `val/cost` is the mean over levels of log10(R) - PSNR / 20, R in bits per pixel or time step, which does not
+        change along a curve of 6 dB a doubling of R and falls as the curve improves.
         """
-        x = image.float() / 255
+        x = as_samples(item)
         height, width = x.shape[2:]
-        stride = self.codec.transform.stride
-        padded = F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
+        stride, sound = self.codec.transform.stride, self.codec.medium == "audio"
+        padded = F.pad(x, (0, -width % stride, 0, 0 if sound else -height % stride), mode="replicate")
+        unit, factor = rate_unit(self.codec)
         cost = 0.0
         for level in range(1, self.codec.levels + 1):
             quality = torch.full((1,), level * QUALITY_STEPS, device=x.device)
             output = self.codec.bottleneck(self.codec.transform.analysis(padded, quality), quality)
-            x_hat = (
-                self.codec.transform.synthesis(output.y_hat, quality)[..., :height, :width]
-                .float()
-                .clamp(0, 1)
-            )
-            bpp = output.bits.sum() / x[0, 0].numel()
-            psnr = -10 * torch.log10((x_hat - x).square().mean())
-            cost += (torch.log10(bpp) - psnr / 20).item() / self.codec.levels
-            self.log_dict({f"val/bpp_{level}": bpp, f"val/psnr_{level}": psnr}, batch_size=1)
+            x_hat = self.codec.transform.synthesis(output.y_hat, quality)[..., :height, :width].float()
+            mse = (x_hat.clamp(-1 if sound else 0, 1) - x).square().mean()
+            # Silence costs nothing and has no error; the logarithms stay finite.
+            bits = (output.bits.sum() / (height * width)).clamp(min=1e-6)
+            psnr = -10 * torch.log10(mse.clamp(min=1e-12))
+            cost += (torch.log10(bits) - psnr / 20).item() / self.codec.levels
+            self.log_dict({f"val/{unit}_{level}": factor * bits, f"val/psnr_{level}": psnr}, batch_size=1)
         self.log("val/cost", cost, batch_size=1, prog_bar=True)
 
     def configure_optimizers(self) -> Any:

@@ -13,7 +13,10 @@ from compand.bottlenecks.gains import GainUnit, step_gains
 from compand.codec import QUALITY_STEPS, Bottleneck, BottleneckOutput, Counts, subset
 from compand.coding.ans import AnsReader, AnsWriter
 from compand.coding.tables import TableSet
-from compand.errors import CheckpointError
+from compand.errors import CheckpointError, UsageError
+
+QUANTIZATIONS = ("mixed", "noise", "none")
+"""What stands in for rounding in training, see `quantised`."""
 
 MAX_REACH = 2000
 """Values of a table on either side; beyond them lies the escape."""
@@ -29,10 +32,35 @@ def noisy(x: Tensor) -> Tensor:
     return x + torch.empty_like(x).uniform_(-0.5, 0.5)
 
 
+def quantised(x: Tensor, quantization: str, training: bool) -> tuple[Tensor, Tensor]:
+    """What the rate is estimated from and what is reconstructed from, for x in quantisation steps.
+
+    Outside training both are rounded. In training, by the name of `quantization`:
+
+    - mixed: rate from noise, reconstruction from rounding with a straight gradient (Minnen & Singh 2020, section 3.3);
+    - noise: both from one and the same uniform noise (Balle et al. 2017, equation 10);
+    - none: x itself; an ablation, which leaves training ignorant of quantisation.
+    """
+    if not training:
+        return x.round(), ste_round(x)
+    if quantization == "none":
+        return x, x
+    coded = noisy(x)
+    return coded, coded if quantization == "noise" else ste_round(x)
+
+
+def check_quantization(name: str) -> str:
+    """The name, if `quantised` knows it. Raises UsageError if not."""
+    if name not in QUANTIZATIONS:
+        raise UsageError(f"quantization {name!r} does not exist: choose one of {', '.join(QUANTIZATIONS)}")
+    return name
+
+
 def to_symbols(x: Tensor) -> NDArray[np.int32]:
     """Rounded to int32; values beyond +-2**30 become that, NaN becomes 0."""
     limit = float(1 << 30)
-    return torch.nan_to_num(x, nan=0.0).clamp(-limit, limit).round().to(torch.int32).cpu().numpy()
+    bounded = torch.nan_to_num(x.detach(), nan=0.0).clamp_(-limit, limit)
+    return bounded.round_().to(torch.int32).cpu().numpy()
 
 
 class FactorizedDensity(nn.Module):
@@ -51,25 +79,24 @@ class FactorizedDensity(nn.Module):
 
         self.model = EntropyBottleneck(channels)
 
-    def bits(self, x: Tensor, step: Tensor | float = 1.0) -> Tensor:
-        """Information of x quantised in steps; in training, uniform noise stands in for rounding.
+    def bits(self, coded: Tensor, step: Tensor | float = 1.0) -> Tensor:
+        """Information of values that are quantised in steps.
 
         Args:
-            x: [batch, channels, h, w].
-            step: quantisation step, broadcastable to x.
+            coded: number of steps, [batch, channels, h, w]: integers, or what stands in for them (see `quantised`).
+            step: quantisation step, broadcastable to `coded`.
 
         Returns:
             Bits of each item, [batch].
         """
-        coded = (noisy(x / step) if self.training else (x / step).round()) * step
 
         def logits(value: Tensor) -> Tensor:
-            rows = value.expand(x.shape).transpose(0, 1).flatten(1)[:, None]
+            rows = (value * step).transpose(0, 1).flatten(1)[:, None]
             return self.model._logits_cumulative(rows, stop_gradient=False)
 
-        likelihood = torch.sigmoid(logits(coded + step / 2)) - torch.sigmoid(logits(coded - step / 2))
+        likelihood = torch.sigmoid(logits(coded + 0.5)) - torch.sigmoid(logits(coded - 0.5))
         bits = -torch.log2(self.model.likelihood_lower_bound(likelihood))
-        return bits.view(x.shape[1], x.shape[0], -1).sum((0, 2))
+        return bits.view(coded.shape[1], coded.shape[0], -1).sum((0, 2))
 
     def auxiliary_loss(self) -> Tensor:
         """Pulls the learned quantiles to the tails of the density, where the tables will end."""
@@ -143,15 +170,29 @@ class FactorizedBottleneck(Bottleneck):
         latent_channels: channels M of y.
         lambdas: Lagrange multiplier of each level; sets the initial gains.
         trainable: whether the densities are built (needs compressai) or only the frozen state is to be loaded.
+        media_channels: channels of the samples; sets the initial gains.
+        quantization: what stands in for rounding in training: "mixed", "noise" or "none", see `quantised`.
+
+    Raises:
+        UsageError: an unknown quantization.
     """
 
     encoder_parts = ()
     TABLES_A_LEVEL = 4
 
-    def __init__(self, latent_channels: int, lambdas: Sequence[float], trainable: bool = True) -> None:
+    def __init__(
+        self,
+        latent_channels: int,
+        lambdas: Sequence[float],
+        trainable: bool = True,
+        *,
+        media_channels: int = 3,
+        quantization: str = "mixed",
+    ) -> None:
         super().__init__()
         self.latent_channels = latent_channels
-        self.y_gain = GainUnit(latent_channels, step_gains(lambdas))
+        self.quantization = check_quantization(quantization)
+        self.y_gain = GainUnit(latent_channels, step_gains(lambdas, media_channels))
         self.density = FactorizedDensity(latent_channels) if trainable else None
         self.tables: TableSet | None = None
 
@@ -163,9 +204,10 @@ class FactorizedBottleneck(Bottleneck):
             if self.density is None:
                 raise CheckpointError("this codec is frozen: build it in its trainable state to train it")
             gain = self.y_gain.gain(quality)
-            bits_y = self.density.bits(y, 1 / gain)
+            coded, decoded = quantised(y * gain, self.quantization, self.training)
+            bits_y = self.density.bits(coded, 1 / gain)
             losses = {"auxiliary": self.density.auxiliary_loss()}
-            return BottleneckOutput(ste_round(y * gain) * self.y_gain.inverse(quality), bits_y, losses)
+            return BottleneckOutput(decoded * self.y_gain.inverse(quality), bits_y, losses)
 
     def _forward_frozen(self, y: Tensor, quality: Tensor) -> BottleneckOutput:
         tables = self._frozen()

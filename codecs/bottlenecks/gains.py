@@ -46,10 +46,15 @@ class GainUnit(nn.Module):
         return torch.exp2(self.log2_inverse_offset - self.log2_gain)
 
 
-def step_gains(lambdas: Sequence[float]) -> list[float]:
+def step_gains(lambdas: Sequence[float], media_channels: int = 3) -> list[float]:
     """Gains with which an orthonormal transform of [0, 1] samples meets each Lagrange multiplier at high rate.
 
-    A uniform quantiser of step 1/g gives D = 1 / (12 g^2) per coefficient at log2(g) + const bits; minimising
-    lambda 255^2 D / 3 + R for three colour channels gives g^2 = lambda 255^2 ln(2) / 18.
+    A uniform quantiser of step 1/g gives D = 1 / (12 g^2) per coefficient at log2(g) + const bits. With C channels, R
+    in bits per position is a sum over them and D a mean, so that lambda 255^2 D + R is least at
+    g^2 = lambda 255^2 ln(2) / (6 C).
+
+    Args:
+        lambdas: Lagrange multiplier of each level.
+        media_channels: channels C of the samples.
     """
-    return [math.sqrt(value * 255**2 * math.log(2) / 18) for value in lambdas]
+    return [math.sqrt(value * 255**2 * math.log(2) / (6 * media_channels)) for value in lambdas]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,13 +11,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compand.bottlenecks.factorized import FactorizedDensity, blend, noisy, ste_round, to_symbols
+from compand.bottlenecks.factorized import FactorizedDensity, blend, check_quantization, quantised, to_symbols
 from compand.bottlenecks.gains import GainUnit, step_gains
 from compand.codec import QUALITY_STEPS, Bottleneck, BottleneckOutput, Counts, level_table_at, subset
 from compand.coding.ans import AnsReader, AnsWriter
-from compand.coding.integer import FRACTION_BITS, WEIGHT_BITS, IntegerNetwork, interpolate_levels, to_fixed
+from compand.coding.integer import (
+    FRACTION_BITS,
+    WEIGHT_BITS,
+    IntegerNetwork,
+    WidthShuffle,
+    interpolate_levels,
+    to_fixed,
+)
 from compand.coding.tables import TableSet
-from compand.errors import CheckpointError
+from compand.errors import CheckpointError, UsageError
 
 SCALES = 64
 MIN_LOG2_SCALE = -3.5
@@ -29,17 +37,19 @@ HYPER_STRIDE = 4
 
 
 def scale_indexes(log2_scales: Tensor) -> Tensor:
-    """Table of each element: the nearest scale in log2, by integer comparison.
+    """Table of each element: the nearest scale in log2.
 
     Args:
-        log2_scales: fixed-point log2 of the scales, int64 of any shape.
+        log2_scales: fixed-point log2 of the scales, integers of any shape.
 
     Returns:
         uint8 of the same shape, 0 .. SCALES - 1.
     """
     first = round(MIN_LOG2_SCALE * (1 << FRACTION_BITS)) - SCALE_STEP // 2
-    index = torch.div(log2_scales - first, SCALE_STEP, rounding_mode="floor")
-    return index.clamp_(0, SCALES - 1).to(torch.uint8)
+    # Integer division is slow. Half a unit on, floats hold the sums exactly wherever they do not leave the tables, and
+    # no quotient is within 1/400 of an integer, of which floats err far less.
+    quotient = (log2_scales + (0.5 - first)).mul_(1 / SCALE_STEP)
+    return quotient.clamp_(0, SCALES - 0.5).to(torch.uint8)
 
 
 def table_scales() -> list[float]:
@@ -68,8 +78,16 @@ class HyperpriorBottleneck(Bottleneck):
         latent_channels: channels M of y.
         lambdas: Lagrange multiplier of each quality level; sets the initial gains.
         hyper_channels: channels N of z.
-        widths: channels of h_s at 1/32 resolution and twice at 1/16.
+        widths: channels of h_s at twice the resolution of z, and two widths at that of y.
         trainable: whether h_s and the densities are built (needs compressai) or only the frozen state is to be loaded.
+        dimensions: 2 for images; 1 for signals, y [batch, M, 1, n], of which z has a quarter of the time resolution.
+        means: False leaves mu out: y is coded around zero, so that y = 0 is restored exactly (silence, in sounds).
+        hyper_analysis_kernel: size of the strided kernels of h_a, from 2; 3 costs a third of 5.
+        media_channels: channels of the samples; sets the initial gains.
+        quantization: what stands in for rounding in training: "mixed", "noise" or "none", see `quantised`.
+
+    Raises:
+        UsageError: dimensions, kernel or quantization do not exist.
     """
 
     scale_offset: nn.Parameter
@@ -83,18 +101,40 @@ class HyperpriorBottleneck(Bottleneck):
         hyper_channels: int = 128,
         widths: Sequence[int] = (128, 96, 192),
         trainable: bool = True,
+        *,
+        dimensions: int = 2,
+        means: bool = True,
+        hyper_analysis_kernel: int = 5,
+        media_channels: int = 3,
+        quantization: str = "mixed",
     ) -> None:
         super().__init__()
+        if dimensions not in (1, 2):
+            raise UsageError(f"a hyperprior of {dimensions} dimensions does not exist: choose 1 or 2")
+        if hyper_analysis_kernel < 2:
+            raise UsageError(f"hyper_analysis_kernel {hyper_analysis_kernel} skips latents: give 2 or more")
         m, n = latent_channels, hyper_channels
-        self.latent_channels, self.hyper_channels = m, n
+        self.quantization = check_quantization(quantization)
+        self.latent_channels, self.hyper_channels, self.means = m, n, means
         middle = lambdas[len(lambdas) // 2]
-        self.y_gain = GainUnit(m, step_gains(lambdas))
+        self.y_gain = GainUnit(m, step_gains(lambdas, media_channels))
         # z needs little more precision at high rates than at low ones.
         self.z_gain = GainUnit(n, [(value / middle) ** 0.125 for value in lambdas])
+        planar = dimensions == 2
+        self.hyper_stride = (HYPER_STRIDE if planar else 1, HYPER_STRIDE)
+
+        def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+            edges, strides, padding = (
+                (axis if planar else idle, axis)
+                for axis, idle in ((kernel, 1), (stride, 1), ((kernel - 1) // 2, 0))
+            )
+            return nn.Conv2d(inputs, outputs, edges, strides, padding)
+
+        k = hyper_analysis_kernel
         self.hyper_analysis = nn.Sequential(
-            nn.Conv2d(m, n, 3, padding=1), nn.GELU(),
-            nn.Conv2d(n, n, 5, stride=2, padding=2), nn.GELU(),
-            nn.Conv2d(n, n, 5, stride=2, padding=2),
+            convolution(m, n, 3), nn.GELU(),
+            convolution(n, n, k, 2), nn.GELU(),
+            convolution(n, n, k, 2),
         )  # fmt: skip
         self.prior: IntegerNetwork | None = None
         self.z_tables: TableSet | None = None
@@ -111,51 +151,51 @@ class HyperpriorBottleneck(Bottleneck):
         self.y_density = GaussianConditional(None)
         self.scale_offset = nn.Parameter(torch.zeros(len(lambdas), m))
         a, b, c = widths
+        shuffle, unfolded = (nn.PixelShuffle, 4) if planar else (WidthShuffle, 2)
         self.hyper_synthesis = nn.Sequential(
-            nn.Conv2d(n, 4 * a, 3, padding=1), nn.PixelShuffle(2), nn.ReLU(),
-            nn.Conv2d(a, 4 * b, 3, padding=1), nn.PixelShuffle(2), nn.ReLU(),
-            nn.Conv2d(b, c, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(c, 2 * m, 1),
+            convolution(n, unfolded * a, 3), shuffle(2), nn.ReLU(),
+            convolution(a, unfolded * b, 3), shuffle(2), nn.ReLU(),
+            convolution(b, c, 3), nn.ReLU(),
+            convolution(c, (1 + means) * m, 1),
         )  # fmt: skip
         last = self.hyper_synthesis[-1]
         assert isinstance(last, nn.Conv2d) and last.bias is not None
         with torch.no_grad():
             last.weight.mul_(0.1)
             last.bias.zero_()
-            last.bias[m:] = -1.0
+            last.bias[means * m :] = -1.0
 
     def forward(self, y: Tensor, quality: Tensor) -> BottleneckOutput:
         if self.prior is not None and not self.training:
             return self._forward_frozen(y, quality)
         if not self.trainable:
             raise CheckpointError("this codec is frozen: build it in its trainable state to train it")
-        z = self.hyper_analysis(_padded(y))
+        z = self.hyper_analysis(self._padded(y))
         with torch.autocast(y.device.type, enabled=False):
             z = z.float() * self.z_gain.gain(quality)
-            z_bits = self.z_density.bits(z)
-            inverse = level_table_at(self.z_gain.inverse_levels(), quality)[:, :, None, None]
-            hyper = ste_round(z) * inverse
+            z_coded, z_decoded = quantised(z, self.quantization, self.training)
+            z_bits = self.z_density.bits(z_coded)
+            hyper = z_decoded * level_table_at(self.z_gain.inverse_levels(), quality)[:, :, None, None]
         parameters = self.hyper_synthesis(hyper)[..., : y.shape[2], : y.shape[3]]
         with torch.autocast(y.device.type, enabled=False):
-            means, log2_scales = parameters.float().chunk(2, 1)
+            means, log2_scales = self._split(parameters.float())
             shift = self.y_gain.log2(quality) + level_table_at(self.scale_offset, quality)
             scales = torch.exp2((log2_scales + shift[:, :, None, None]).clamp(max=12))
             residual = (y.float() - means) * self.y_gain.gain(quality)
-            # In training, rate from noisy and reconstruction from rounded latents (Minnen & Singh 2020, section 3.3).
-            coded = noisy(residual) if self.training else residual.round()
+            coded, decoded = quantised(residual, self.quantization, self.training)
             likelihood = self.y_density.likelihood_lower_bound(self.y_density._likelihood(coded, scales))
             y_bits = -torch.log2(likelihood).sum((1, 2, 3))
-            y_hat = ste_round(residual) * self.y_gain.inverse(quality) + means
+            y_hat = decoded * self.y_gain.inverse(quality) + means
         return BottleneckOutput(y_hat, y_bits + z_bits, {"auxiliary": self.z_density.auxiliary_loss()})
 
     def _forward_frozen(self, y: Tensor, quality: Tensor) -> BottleneckOutput:
         y_hats, bits = [], []
         for item, level in zip(y, quality.tolist(), strict=True):
-            (z_indexes, z_symbols), (y_indexes, y_symbols), y_hat = self._encode(item[None], level)
+            (z_indexes, z_symbols), (y_indexes, y_symbols), means = self._encode(item[None], level)
             z_tables, y_tables = self._frozen()
             cost = z_tables.bits(z_symbols.ravel(), z_indexes).sum()
             bits.append(float(cost + y_tables.bits(y_symbols.ravel(), y_indexes.ravel()).sum()))
-            y_hats.append(y_hat)
+            y_hats.append(self._dequantise(y_symbols, means, level))
         return BottleneckOutput(torch.cat(y_hats), torch.tensor(bits, dtype=torch.float64, device=y.device))
 
     def compress(self, y: Tensor, quality: int) -> list[bytes]:
@@ -171,7 +211,7 @@ class HyperpriorBottleneck(Bottleneck):
 
     def decompress(self, payloads: Sequence[bytes], shape: tuple[int, int], quality: int) -> Tensor:
         z_tables, y_tables = self._frozen()
-        z_shape = tuple(-(-edge // HYPER_STRIDE) for edge in shape)
+        z_shape = self._z_shape(shape)
         z_indexes = self._z_indexes(z_shape)
         readers = [AnsReader(payload) for payload in payloads]
         z = np.stack([reader.pull(z_indexes, z_tables).reshape(-1, *z_shape) for reader in readers])
@@ -187,15 +227,14 @@ class HyperpriorBottleneck(Bottleneck):
     ) -> tuple[
         tuple[NDArray[np.int64], NDArray[np.int32]], tuple[NDArray[np.uint8], NDArray[np.int32]], Tensor
     ]:
-        """Table indexes and symbols of z (shared, [batch, ...]) and of y (both [batch, ...]), and y_hat."""
+        """Table indexes and symbols of z (shared, [batch, ...]) and of y (both [batch, ...]), and means of y."""
         level = torch.tensor([quality], device=y.device)
-        z = self.hyper_analysis(_padded(y)).float() * self.z_gain.gain(level)
+        z = self.hyper_analysis(self._padded(y)).float() * self.z_gain.gain(level)
         z_symbols = to_symbols(z)
         means, indexes = self._predict(torch.from_numpy(z_symbols), quality, y.shape[2:])
-        symbols = to_symbols((y.float() - means) * self.y_gain.gain(level))
-        y_hat = self._dequantise(symbols, means, quality)
+        symbols = to_symbols((y.float().contiguous() - means) * self.y_gain.gain(level))
         z_indexes = self._z_indexes(z_symbols.shape[2:])
-        return (z_indexes, z_symbols), (indexes.cpu().numpy(), symbols), y_hat
+        return (z_indexes, z_symbols), (indexes.cpu().numpy(), symbols), means
 
     def _predict(self, z: Tensor, quality: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The integer prior: symbols of z -> means [batch, M, h, w] and table indexes, uint8 of the same shape."""
@@ -203,15 +242,32 @@ class HyperpriorBottleneck(Bottleneck):
         assert self.prior is not None
         device = self.y_gain.log2_gain.device
         multiplier = interpolate_levels(self._multiplier, quality, QUALITY_STEPS).to(device)
-        shift = interpolate_levels(self._shift, quality, QUALITY_STEPS).to(device)
+        # Beyond 2**30 every index is the first or the last; within it 32 bits hold the sum.
+        shift = interpolate_levels(self._shift, quality, QUALITY_STEPS).clamp(-(1 << 30), 1 << 30)
         hyper = z.to(device).long() * multiplier[:, None, None]
-        means, log2_scales = self.prior(hyper)[..., : shape[0], : shape[1]].chunk(2, 1)
-        indexes = scale_indexes(log2_scales + shift[:, None, None])
-        return means.float() / (1 << FRACTION_BITS), indexes
+        means, log2_scales = self._split(self.prior(hyper)[..., : shape[0], : shape[1]])
+        indexes = scale_indexes(log2_scales + shift[:, None, None].int().to(device))
+        return means * (1 / (1 << FRACTION_BITS)), indexes
+
+    def _split(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Output of h_s -> mu (without means, zeros of one element) and log2 sigma."""
+        if self.means:
+            means, log2_scales = parameters.chunk(2, 1)
+            return means, log2_scales
+        return parameters.new_zeros(1, 1, 1, 1), parameters
 
     def _dequantise(self, symbols: NDArray[np.int32], means: Tensor, quality: int) -> Tensor:
         level = torch.tensor([quality], device=means.device)
         return torch.from_numpy(symbols).to(means) * self.y_gain.inverse(level) + means
+
+    def _z_shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Positions of z for latents of a shape (h, w)."""
+        return -(-shape[0] // self.hyper_stride[0]), -(-shape[1] // self.hyper_stride[1])
+
+    def _padded(self, y: Tensor) -> Tensor:
+        """y with its edges repeated up to whole positions of z."""
+        bottom, right = -y.shape[2] % self.hyper_stride[0], -y.shape[3] % self.hyper_stride[1]
+        return F.pad(y, (0, right, 0, bottom), mode="replicate") if right or bottom else y
 
     def _z_indexes(self, shape: Sequence[int]) -> NDArray[np.int64]:
         return np.repeat(np.arange(self.hyper_channels), shape[0] * shape[1])
@@ -237,7 +293,7 @@ class HyperpriorBottleneck(Bottleneck):
 
     def least_bits(self, shape: tuple[int, int]) -> float:
         z_tables, y_tables = self._frozen()
-        z_positions = -(-shape[0] // HYPER_STRIDE) * -(-shape[1] // HYPER_STRIDE)
+        z_positions = math.prod(self._z_shape(shape))
         y_symbols = self.latent_channels * shape[0] * shape[1]
         return float(z_positions * z_tables.least_bits.sum() + y_symbols * y_tables.least_bits.min())
 
@@ -257,7 +313,7 @@ class HyperpriorBottleneck(Bottleneck):
         for layer, exact in zip(layers, exact_layers, strict=True):
             layer.weight.copy_(exact.weight / (1 << WEIGHT_BITS))
             assert layer.bias is not None
-            layer.bias.copy_(exact.bias.flatten() / (1 << (WEIGHT_BITS + FRACTION_BITS)))
+            layer.bias.copy_(exact.bias / (1 << (WEIGHT_BITS + FRACTION_BITS)))
         shift = torch.from_numpy(arrays["shift"]).double() / (1 << FRACTION_BITS)
         self.scale_offset.copy_(shift - self.y_gain.log2_gain)
 
@@ -287,7 +343,12 @@ class HyperpriorBottleneck(Bottleneck):
         if len(self.z_tables) != self.hyper_channels or len(self.y_tables) != SCALES:
             raise CheckpointError("the checkpoint's tables do not fit its architecture")
         first, last = self.prior.convolutions[0].weight, self.prior.convolutions[-1].weight
-        if first.shape[1] != self.hyper_channels or last.shape[0] != 2 * self.latent_channels:
+        growth = tuple(np.prod([layer.shuffle for layer in self.prior.convolutions], axis=0))
+        channels = (first.shape[1], last.shape[0])
+        if (
+            channels != (self.hyper_channels, (1 + self.means) * self.latent_channels)
+            or growth != self.hyper_stride
+        ):
             raise CheckpointError("the checkpoint's integer prior does not fit its architecture")
         self._multiplier = torch.from_numpy(arrays["multiplier"].astype(np.int64))
         self._shift = torch.from_numpy(arrays["shift"].astype(np.int64))
@@ -296,9 +357,3 @@ class HyperpriorBottleneck(Bottleneck):
         if self.z_tables is None or self.y_tables is None:
             raise CheckpointError("this codec has no tables yet: export it first (compand export)")
         return self.z_tables, self.y_tables
-
-
-def _padded(y: Tensor) -> Tensor:
-    """y with its edges repeated up to whole positions of z."""
-    right, bottom = -y.shape[3] % HYPER_STRIDE, -y.shape[2] % HYPER_STRIDE
-    return F.pad(y, (0, right, 0, bottom), mode="replicate") if right or bottom else y

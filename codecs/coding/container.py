@@ -2,6 +2,9 @@
 
     full     "cpd" | medium, version | header fields | extra and chunk table | CRC-32 | extras | chunks
     compact  "c"   | 0x80 + version  | header fields | the only chunk                          | CRC-16
+    audio    "cpd" | medium, version | header fields | CRC-32 | frames | end frame
+        frame   1 + length of the chunk (varint) | CRC-32 | chunk
+        end     0 | samples (varint) | length of every chunk (varints) | size, backwards | CRC-32
 
 The header is declared as lists of fields (`LAYOUTS`, `COMPACT`) that write and read themselves, so both
 directions share one order. The table holds the length and the CRC-32 of every payload: a damaged chunk costs
@@ -9,6 +12,14 @@ that chunk alone. The compact form serves tiny pictures; its 16-bit checksum cov
 any damage within two adjacent bytes, and all but one in 65,536 of the rest. Integers are little-endian; a
 varint has seven bits a byte, the lowest first, in its shortest form. No declared size is believed before it
 is compared with the bytes present.
+
+Audio is a stream: whoever writes it needs to know neither the number of samples nor that of chunks in
+advance, and whoever reads it gets each chunk as soon as its last byte is there (`AudioFrameWriter`,
+`AudioFrameReader`). The CRC of a frame begins with the header's CRC and the chunk's index, that of the end
+with the header's, so frames that moved, or that belong to another file, are damaged ones. The size in the
+end frame counts the bytes of `samples` and of the lengths; it is a varint whose bytes are in reverse, so that
+the end is found from the end of the file. Then its lengths say where each frame lies, whatever the frames
+say; without the end, the frames are followed as far as they are intact.
 """
 
 from __future__ import annotations
@@ -44,12 +55,12 @@ class ImageGeometry:
     medium: ClassVar[str] = "image"
     height: int  # pixels
     width: int  # pixels
-    channels: int  # 1 (gray) or 3 (RGB)
+    channels: int  # 1 (gray), 3 (RGB), or any other number of bands up to 255
     bit_depth: int = 8  # of the original: 8 or 16
 
     def __post_init__(self) -> None:
         _require(min(self.height, self.width) >= 1, f"{self.height} x {self.width} pixels: must be positive")
-        _require(self.channels in (1, 3), f"{self.channels} channels: must be 1 or 3")
+        _require(1 <= self.channels <= 255, f"{self.channels} channels: must be 1 to 255")
         _require(self.bit_depth in (8, 16), f"bit depth {self.bit_depth}: must be 8 or 16")
 
 
@@ -58,12 +69,14 @@ class AudioGeometry:
     """Length and layout of the original audio. Raises `UsageError` on values that no recording has."""
 
     medium: ClassVar[str] = "audio"
-    samples: int  # per channel
+    samples: int  # per channel; 0: not known, because the stream goes on or its end is missing
     sample_rate: int  # Hz
     channels: int
+    segments: int = 1  # number of chunks; as far as they are known where `samples` is 0
 
     def __post_init__(self) -> None:
-        _require(min(vars(self).values()) >= 1, f"{self}: every value must be positive")
+        positive = self.sample_rate >= 1 and self.channels >= 1 and min(self.samples, self.segments) >= 0
+        _require(positive, f"{self}: rate and channels must be positive, nothing may be negative")
 
 
 @dataclass(frozen=True)
@@ -80,13 +93,14 @@ class Header:
     synthesis: bytes  # fingerprint of the synthesis: 4 bytes
     settings: tuple[int, ...]  # defined by the codec, each 0 or more; at most seven
     geometry: ImageGeometry | AudioGeometry
-    chunk_size: int  # tile edge in pixels, a multiple of 64, or samples per segment; 0: one chunk
+    chunk_size: (
+        int  # a multiple of 64: tile edge in pixels, or samples a segment at the codec's rate; 0: one chunk
+    )
     compact: bool = False
     version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         sizes = (2, 0) if self.compact else (4, 4)
-        unit = 64 if isinstance(self.geometry, ImageGeometry) else 1
         _require(self.version == FORMAT_VERSION, f"format version {self.version}: must be {FORMAT_VERSION}")
         _require(self.codec_id >= 0, f"codec id {self.codec_id}: must not be negative")
         _require((self.codec_id == 0) == (self.codec_name != ""), "codec id 0 needs a name, others have none")
@@ -94,15 +108,15 @@ class Header:
         _require((len(self.symbols), len(self.synthesis)) == sizes, f"fingerprints must have {sizes} bytes")
         _require(min(self.settings, default=0) >= 0, f"settings {self.settings}: none may be negative")
         _require(self.chunk_size >= 0, f"chunk size {self.chunk_size}: must not be negative")
-        _require(self.chunk_size % unit == 0, f"chunk size {self.chunk_size}: must be a multiple of {unit}")
+        _require(self.chunk_size % 64 == 0, f"chunk size {self.chunk_size}: must be a multiple of 64")
 
     def chunk_count(self) -> int:
         """Number of chunks: tiles row by row, or segments in time."""
+        if isinstance(self.geometry, AudioGeometry):
+            return self.geometry.segments
         if self.chunk_size == 0:
             return 1
-        if isinstance(self.geometry, ImageGeometry):
-            return -(-self.geometry.height // self.chunk_size) * -(-self.geometry.width // self.chunk_size)
-        return -(-self.geometry.samples // self.chunk_size)
+        return -(-self.geometry.height // self.chunk_size) * -(-self.geometry.width // self.chunk_size)
 
     def compacted(self) -> Header:
         """This header as the compact form tells it; a chunk size that leaves one chunk becomes 0."""
@@ -130,7 +144,7 @@ class Container:
 
     header: Header
     chunks: list[bytes | None]  # header.chunk_count() of them
-    extras: list[Extra]  # at most seven
+    extras: list[Extra]  # at most seven; audio has none
     damage: list[BitstreamError]  # empty unless the read was partial
     header_bytes: int  # bytes of the file that are payload of neither a chunk nor an extra
     offsets: list[int]  # where in the file each chunk begins, in bytes
@@ -141,12 +155,16 @@ class Container:
 class Limits:
     """What a reader accepts: bounds the memory that decoding can ask for."""
 
-    max_pixels: int = 1 << 29  # height x width
+    max_pixels: int = 1 << 29  # height x width, times a third of the channels where there are more than three
     max_samples: int = 1 << 36  # samples x channels
     max_chunks: int = 1 << 20
 
 
 # Fields that write and read themselves ----------------------------------------------------------------------
+
+
+class _CutOffError(BitstreamError):
+    """The bytes end where a header does not: in a stream, more may come."""
 
 
 class Source:
@@ -158,12 +176,12 @@ class Source:
 
     def take(self, size: int) -> bytes:
         if size > len(self.view) - self.offset:
-            raise self.fault("it is cut off")
+            raise self.fault("it is cut off", _CutOffError)
         self.offset += size
         return bytes(self.view[self.offset - size : self.offset])
 
-    def fault(self, fact: str) -> BitstreamError:
-        return BitstreamError(f"the header is damaged, {fact}: get an intact copy", offset=self.offset)
+    def fault(self, fact: str, kind: type[BitstreamError] = BitstreamError) -> BitstreamError:
+        return kind(f"the header is damaged, {fact}: get an intact copy", offset=self.offset)
 
 
 class Field(Protocol):
@@ -220,6 +238,10 @@ class Varint(Value):
                     break
                 return value * self.unit
         raise source.fault(f"{self.name} is not a valid number")
+
+    def size(self, value: int) -> int:
+        """How many bytes the value takes."""
+        return max(-(-(value // self.unit).bit_length() // 7), 1)
 
 
 @dataclass(frozen=True)
@@ -338,7 +360,10 @@ class When:
 
 # The format -------------------------------------------------------------------------------------------------
 
-OPENING: tuple[Field, ...] = (Bits(medium=("image", "audio"), version=range(16)), Implied("compact", False))
+OPENING: tuple[Field, ...] = (
+    Bits(medium=("image", "audio", "bands"), version=range(16)),
+    Implied("compact", False),
+)
 CODEC: tuple[Field, ...] = (
     Varint("codec_id"),
     When("codec_id", 0, Text("codec_name"), instead=Implied("codec_name", "")),
@@ -346,7 +371,9 @@ CODEC: tuple[Field, ...] = (
     Raw("synthesis", 4),
     Many(Varint("settings"), count="setting_count"),
 )
-LAYOUTS: dict[str, tuple[Field, ...]] = {  # follows OPENING; one layout a medium
+LAYOUTS: dict[
+    str, tuple[Field, ...]
+] = {  # follows OPENING; "bands": images of neither one nor three channels
     "image": (
         Bits(channels=(3, 1), bit_depth=(8, 16), setting_count=range(8), extra_count=range(8)),
         *CODEC,
@@ -354,13 +381,22 @@ LAYOUTS: dict[str, tuple[Field, ...]] = {  # follows OPENING; one layout a mediu
         Varint("width"),
         Varint("chunk_size", unit=64),
     ),
-    "audio": (
-        Bits(setting_count=range(8), extra_count=range(8)),
+    "bands": (
+        Bits(bit_depth=(8, 16), setting_count=range(8), extra_count=range(8)),
         *CODEC,
-        Varint("samples"),
+        Uint("channels", 1),
+        Varint("height"),
+        Varint("width"),
+        Varint("chunk_size", unit=64),
+    ),
+    "audio": (
+        Bits(setting_count=range(8), extra_count=(0,)),
+        *CODEC,
+        Implied("samples", 0),  # it stands in the end frame, and the number of chunks with it
+        Implied("segments", 0),
         Varint("sample_rate"),
         Varint("channels"),
-        Varint("chunk_size"),
+        Varint("chunk_size", unit=64),
     ),
 }
 COMPACT: tuple[Field, ...] = (  # follows COMPACT_MAGIC
@@ -383,6 +419,13 @@ CHUNK_ENTRY: tuple[Field, ...] = (Varint("length"), Uint("crc", 4))
 EXTRA_ENTRY: tuple[Field, ...] = (Varint("kind"), *CHUNK_ENTRY)
 CHUNK_ENTRY_BYTES = 5  # at least
 HEADER_CRC = Uint("header checksum", 4)
+FRAME = Varint("frame length", limit=1 << 28)  # 1 + length; 0 announces the end
+FRAME_CRC = Uint("frame checksum", 4)
+SAMPLES = Varint("samples")
+LENGTH = Varint("length", limit=FRAME.limit - 1)
+END_SIZE = Varint("end size")
+END_MARK = b"\0"
+LONGEST_VARINT = 9  # bytes
 
 
 def _require(condition: bool, message: str) -> None:
@@ -403,9 +446,14 @@ def _read_fields(layout: Sequence[Field], source: Source, record: Record) -> Rec
     return record
 
 
+def _layout_of(geometry: ImageGeometry | AudioGeometry) -> str:
+    multiband = isinstance(geometry, ImageGeometry) and geometry.channels not in (1, 3)
+    return "bands" if multiband else geometry.medium
+
+
 def _flatten(header: Header, extra_count: int) -> Record:
     counts = {"setting_count": len(header.settings), "extra_count": extra_count}
-    return vars(header) | vars(header.geometry) | {"medium": header.geometry.medium} | counts
+    return vars(header) | vars(header.geometry) | {"medium": _layout_of(header.geometry)} | counts
 
 
 def _unflatten(record: Record, source: Source) -> Header:
@@ -413,10 +461,14 @@ def _unflatten(record: Record, source: Source) -> Header:
         return kind(**{field.name: record[field.name] for field in fields(kind)})  # type: ignore[arg-type]
 
     try:
-        record["geometry"] = build(ImageGeometry) if record["medium"] == "image" else build(AudioGeometry)
-        return build(Header)
+        geometry = build(AudioGeometry) if record["medium"] == "audio" else build(ImageGeometry)
+        record["geometry"] = geometry
+        header = build(Header)
     except UsageError as error:
         raise source.fault(str(error)) from None
+    if _layout_of(geometry) != record["medium"]:
+        raise source.fault(f"{record['channels']} channels have another form")
+    return header
 
 
 # Writing ----------------------------------------------------------------------------------------------------
@@ -444,6 +496,10 @@ def write(
         compact = header.compact or (small and fits_compact(header, extras))
     if compact:
         return _write_compact(header, chunks[0], len(extras))
+    if isinstance(header.geometry, AudioGeometry):
+        _require(not extras, f"{len(extras)} extras given: audio has none")
+        writer = AudioFrameWriter(header)
+        return b"".join((writer.head, *map(writer.frame, chunks), writer.end(header.geometry.samples)))
     return _write_full(header, chunks, extras)
 
 
@@ -476,6 +532,47 @@ def _write_full(header: Header, chunks: Sequence[bytes], extras: Sequence[Extra]
     return b"".join((head, *(extra.payload for extra in extras), *chunks))
 
 
+class AudioFrameWriter:
+    """Writes an audio file piece by piece: `head`, then `frame` for every chunk, then `end`.
+
+    Args:
+        header: `samples` and `segments` of its geometry need not be known yet and are ignored.
+
+    Attributes:
+        head: the bytes that begin the file.
+
+    Raises:
+        UsageError: the header is not that of audio, or has a value that cannot be stored.
+    """
+
+    def __init__(self, header: Header) -> None:
+        _require(isinstance(header.geometry, AudioGeometry), "only audio is written frame by frame")
+        record = _flatten(header, 0) | {"samples": 0, "segments": 0}
+        fields_written = MAGIC + _write_fields((*OPENING, *LAYOUTS["audio"]), record)
+        self._seed = zlib.crc32(fields_written)
+        self.head = fields_written + HEADER_CRC.pack(self._seed)
+        self._lengths: list[int] = []
+
+    def frame(self, chunk: bytes) -> bytes:
+        """The bytes of the next chunk's frame. Raises UsageError on chunks of 256 MiB and more."""
+        opening = FRAME.pack(1 + len(chunk)) + FRAME_CRC.pack(
+            _frame_crc(chunk, len(self._lengths), self._seed)
+        )
+        self._lengths.append(len(chunk))
+        return opening + chunk
+
+    def end(self, samples: int) -> bytes:
+        """The bytes that end the file. `samples`: of the whole sound, a channel."""
+        _require(samples >= 1, f"{samples} samples: must be positive")
+        body = SAMPLES.pack(samples) + b"".join(map(LENGTH.pack, self._lengths))
+        end = END_MARK + body + END_SIZE.pack(len(body))[::-1]
+        return end + FRAME_CRC.pack(zlib.crc32(end, self._seed))
+
+
+def _frame_crc(chunk: bytes | memoryview, index: int, seed: int) -> int:
+    return zlib.crc32(chunk, zlib.crc32(index.to_bytes(8, "little"), seed))
+
+
 def _compact_crc(body: bytes | memoryview) -> bytes:
     # Inverted, so that zero bytes appended to a file are noticed; the high byte first, the order in which
     # this CRC shifts, so that damage astride the end of the body is noticed like any other.
@@ -493,14 +590,32 @@ def _view(data: bytes | bytearray | memoryview) -> memoryview:
     return memoryview(data).cast("B")
 
 
-def read_header(data: bytes | bytearray | memoryview, limits: Limits = Limits()) -> Header:
-    """Returns the header of a `.cpd` file. A full form needs no more of `data` than header and table.
+def read_header(
+    data: bytes | bytearray | memoryview, limits: Limits = Limits(), *, partial: bool = False
+) -> Header:
+    """Returns the header of a `.cpd` file.
+
+    Args:
+        data: the file; of an image in the full form, header and table are enough.
+        limits: what to accept.
+        partial: do without the end of an audio file if it is missing or damaged; the header then has no number
+            of samples (0) and of segments (0).
 
     Raises:
         BitstreamError: not a `.cpd` file, of a newer version, damaged, or beyond `limits`.
     """
     view = _view(data)
-    return _read_compact(view, limits).header if _is_compact(view) else _read_table(view, limits).header
+    if _is_compact(view):
+        return _read_compact(view, limits).header
+    if not _is_audio(view):
+        return _read_table(view, limits).header
+    head = _read_head(view)
+    end = _find_end(view, head, limits)
+    if end is None:
+        if not partial:
+            raise _end_is_missing(len(view))
+        return head.header
+    return _with_end(head.header, end.samples, len(end.lengths), limits)
 
 
 def read(
@@ -511,7 +626,8 @@ def read(
     Args:
         data: the whole file.
         partial: keep what is intact, and list damaged or missing payloads and bytes after the end in
-            `Container.damage`. Damage to a header remains an error, as does any damage to the compact form.
+            `Container.damage`. Damage to a header remains an error, as does any damage to the compact form. An
+            audio file without its end gives the chunks up to the last intact one, and 0 samples in its geometry.
         limits: what to accept.
 
     Raises:
@@ -521,17 +637,15 @@ def read(
     view = _view(data)
     if _is_compact(view):
         return _read_compact(view, limits)
+    if _is_audio(view):
+        return _read_audio(view, partial, limits)
 
     table = _read_table(view, limits)
     container = Container(table.header, [], [], [], table.header_bytes, [], [])
     offset = table.header_bytes
 
     def report(fact: str, chunk: int | None = None) -> None:
-        message = f"{fact}: get an intact copy, or decode the rest with --partial"
-        error = BitstreamError(message, chunk=chunk, offset=offset)
-        if not partial:
-            raise error
-        container.damage.append(error)
+        _report(container, partial, fact, offset, chunk)
 
     for entry in table.entries:
         payload = bytes(view[offset : offset + entry.length])
@@ -549,6 +663,15 @@ def read(
     if offset < len(view):
         report(f"{len(view) - offset} bytes follow the last chunk")
     return container
+
+
+def _report(container: Container, partial: bool, fact: str, offset: int, chunk: int | None = None) -> None:
+    """Lists a fault of a partial read; raises it otherwise."""
+    message = f"{fact}: get an intact copy, or decode the rest with --partial"
+    error = BitstreamError(message, chunk=chunk, offset=offset)
+    if not partial:
+        raise error
+    container.damage.append(error)
 
 
 @dataclass(frozen=True)
@@ -613,10 +736,270 @@ def _read_table(view: memoryview, limits: Limits) -> _Table:
     return _Table(header, extras + chunks, source.offset)
 
 
+# Reading audio ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Head:
+    header: Header  # without the number of samples
+    seed: int  # of the other checksums
+    size: int  # bytes, checksum included
+
+
+@dataclass(frozen=True)
+class _End:
+    samples: int
+    lengths: list[int]  # of the chunks
+    offset: int  # where in the file it begins
+
+
+def _is_audio(view: memoryview) -> bool:
+    return view[len(MAGIC)] >> 4 == 1
+
+
+def _read_head(view: memoryview) -> _Head:
+    source = Source(view, len(MAGIC))
+    record = _read_fields(OPENING, source, {})
+    header = _unflatten(_read_fields(LAYOUTS["audio"], source, record), source)
+    seed = zlib.crc32(view[: source.offset])
+    if HEADER_CRC.unpack(source) != seed:
+        raise source.fault("it does not match its checksum")
+    return _Head(header, seed, source.offset)
+
+
+def _find_end(view: memoryview, head: _Head, limits: Limits) -> _End | None:
+    """The end frame that ends `view`; None if there is none, or it is damaged."""
+    stop = len(view) - FRAME_CRC.size
+    backwards = Source(memoryview(bytes(view[max(stop - LONGEST_VARINT, 0) : max(stop, 0)])[::-1]), 0)
+    try:
+        body = END_SIZE.unpack(backwards)
+    except BitstreamError:
+        return None
+    begin = stop - backwards.offset - body - len(END_MARK)
+    if begin < head.size or view[begin : begin + len(END_MARK)] != END_MARK:
+        return None
+    if zlib.crc32(view[begin:stop], head.seed) != FRAME_CRC.unpack(Source(view, stop)):
+        return None
+    source = Source(view[: stop - backwards.offset], begin + len(END_MARK))
+    samples = SAMPLES.unpack(source)
+    if samples == 0:
+        raise source.fault("it announces no samples")
+    lengths: list[int] = []
+    while source.offset < len(source.view):
+        lengths.append(LENGTH.unpack(source))
+        if len(lengths) > limits.max_chunks:
+            raise _beyond("chunks", len(lengths), limits.max_chunks)
+    return _End(samples, lengths, begin)
+
+
+def _end_is_missing(offset: int) -> BitstreamError:
+    fact = "the end of the file is missing or damaged"
+    return BitstreamError(f"{fact}: get an intact copy, or decode the rest with --partial", offset=offset)
+
+
+def _with_end(header: Header, samples: int, segments: int, limits: Limits) -> Header:
+    geometry = header.geometry
+    assert isinstance(geometry, AudioGeometry)
+    whole = replace(header, geometry=replace(geometry, samples=samples, segments=segments))
+    _check_limits(whole, limits)
+    return whole
+
+
+def _read_frame(view: memoryview, offset: int, index: int, seed: int) -> tuple[int, bytes | None] | None:
+    """Where the chunk of a frame begins, and the chunk if it is intact; None where no whole frame can be."""
+    source = Source(view, offset)
+    try:
+        size = FRAME.unpack(source) - 1
+        crc = FRAME_CRC.unpack(source)
+    except BitstreamError:
+        return None
+    if not 0 <= size <= len(view) - source.offset:
+        return None
+    chunk = bytes(view[source.offset : source.offset + size])
+    return source.offset, chunk if _frame_crc(chunk, index, seed) == crc else None
+
+
+def _read_audio(view: memoryview, partial: bool, limits: Limits) -> Container:
+    head = _read_head(view)
+    container = Container(head.header, [], [], [], 0, [], [])
+    end = _find_end(view, head, limits)
+    if end is not None:
+        _read_frames(view, head, end, container, partial)
+        samples, sizes = end.samples, end.lengths
+    else:
+        samples, sizes = _follow_frames(view, head, container, partial, limits)
+    container.header = _with_end(head.header, samples, len(container.chunks), limits)
+    container.header_bytes = len(view) - sum(sizes)
+    return container
+
+
+def _read_frames(view: memoryview, head: _Head, end: _End, container: Container, partial: bool) -> None:
+    """Reads the frames where the end says that they are, counted from the head and, where bytes were lost or
+    inserted, from the end."""
+    openings = [FRAME.size(1 + length) + FRAME_CRC.size for length in end.lengths]
+    shift = end.offset - head.size - sum(openings) - sum(end.lengths)
+    frames = view[: end.offset]
+    offset = head.size
+    for index, (opening, length) in enumerate(zip(openings, end.lengths, strict=True)):
+        # A chunk that is nowhere is looked for, and told of, where it should be.
+        place, chunk = min(offset + opening, end.offset), None
+        for start in (offset,) if shift == 0 else (offset, max(offset + shift, 0)):
+            found = _read_frame(frames, start, index, head.seed)
+            if found is not None and found[1] is not None and len(found[1]) == length:
+                place, chunk = found
+                break
+        if chunk is None:
+            _report(container, partial, "the chunk is damaged", place, index)
+        container.chunks.append(chunk)
+        container.offsets.append(place)
+        offset += opening + length
+    if shift and not container.damage:
+        _report(container, partial, f"{abs(shift)} bytes are out of place", end.offset)
+
+
+def _follow_frames(
+    view: memoryview, head: _Head, container: Container, partial: bool, limits: Limits
+) -> tuple[int, list[int]]:
+    """Reads the frames of a file that does not end as it should, up to the last intact one.
+
+    Returns:
+        The number of samples (0: not known) and the lengths of the chunks.
+    """
+    samples, intact = 0, 0
+    stop = offset = head.size  # stop: of the last intact frame
+    lengths: list[int] = []
+    faults: list[tuple[int, int]] = []
+    while offset < len(view) and len(lengths) < limits.max_chunks:
+        if view[offset : offset + len(END_MARK)] == END_MARK:
+            end = _end_after(view, head, offset, lengths, limits)
+            if end is not None:
+                samples, intact, stop = end.samples, len(lengths), end.offset
+            break
+        found = _read_frame(view, offset, len(lengths), head.seed)
+        if found is None:
+            break
+        begin, chunk = found
+        size = FRAME.unpack(Source(view, offset)) - 1
+        if chunk is None:
+            faults.append((len(lengths), begin))
+        container.chunks.append(chunk)
+        container.offsets.append(begin)
+        lengths.append(size)
+        offset = begin + size
+        if chunk is not None:
+            intact, stop = len(lengths), offset
+    del container.chunks[intact:], container.offsets[intact:], lengths[intact:]
+    for index, begin in faults:
+        if index < intact:
+            _report(container, partial, "the chunk is damaged", begin, index)
+    if samples:
+        _report(container, partial, f"{len(view) - stop} bytes follow the end", stop)
+    else:
+        fact = "the rest is damaged or missing" if stop < len(view) else "the file is cut off"
+        _report(container, partial, fact, stop, intact)
+    return samples, lengths
+
+
+def _end_after(
+    view: memoryview, head: _Head, begin: int, lengths: Sequence[int], limits: Limits
+) -> _End | None:
+    """The end frame at `begin`, after chunks of these lengths; its `offset` is where it ends."""
+    try:
+        body = SAMPLES.size(SAMPLES.unpack(Source(view, begin + len(END_MARK)))) + sum(
+            map(LENGTH.size, lengths)
+        )
+    except BitstreamError:
+        return None
+    stop = begin + len(END_MARK) + body + END_SIZE.size(body) + FRAME_CRC.size
+    end = _find_end(view[:stop], head, limits) if stop <= len(view) else None
+    return None if end is None or end.offset != begin else replace(end, offset=stop)
+
+
+class AudioFrameReader:
+    """Reads an audio file as its bytes come: `push` gives the chunks that they complete, `finish` the whole header.
+
+    Attributes:
+        header: None until its bytes are there; without the number of samples until `finish`.
+
+    Raises:
+        BitstreamError: by `push` and `finish`: not a `.cpd` file of audio, of a newer version, beyond the limits,
+            or damaged (naming chunk and offset).
+    """
+
+    def __init__(self, limits: Limits = Limits()) -> None:
+        self.header: Header | None = None
+        self._limits = limits
+        self._head: _Head | None = None
+        self._rest = b""
+        self._offset = 0  # of the rest, in the file
+        self._lengths: list[int] = []
+
+    def push(self, data: bytes | bytearray | memoryview) -> list[bytes]:
+        """Takes the next bytes of the file; returns the chunks that are complete with them."""
+        self._rest += bytes(_view(data))
+        if self._head is None:
+            if len(self._rest) <= len(MAGIC):
+                return []
+            view = memoryview(self._rest)
+            if _is_compact(view) or not _is_audio(view):
+                raise BitstreamError("the file holds a picture: decode it with an image codec", offset=0)
+            try:
+                self._head = _read_head(view)
+            except _CutOffError:
+                return []
+            self.header = self._head.header
+            self._drop(self._head.size)
+        chunks = []
+        view = memoryview(self._rest)
+        offset = 0
+        while len(view) - offset >= len(END_MARK) + FRAME_CRC.size and view[offset] != END_MARK[0]:
+            source = Source(view, offset)
+            try:
+                size = FRAME.unpack(source) - 1
+                crc = FRAME_CRC.unpack(source)
+            except _CutOffError:
+                break
+            if size > len(view) - source.offset:
+                break
+            chunk = bytes(view[source.offset : source.offset + size])
+            index = len(self._lengths)
+            if _frame_crc(chunk, index, self._head.seed) != crc:
+                raise BitstreamError(
+                    "the chunk is damaged: get an intact copy, or decode the rest with --partial",
+                    chunk=index,
+                    offset=self._offset + source.offset,
+                )
+            if index >= self._limits.max_chunks:
+                raise _beyond("chunks", index + 1, self._limits.max_chunks)
+            self._lengths.append(size)
+            chunks.append(chunk)
+            offset = source.offset + size
+        self._drop(offset)
+        return chunks
+
+    def finish(self) -> Header:
+        """The header with the number of samples, once the file has ended."""
+        if self._head is None:
+            if len(self._rest) <= len(MAGIC):
+                raise BitstreamError("not a .cpd file", offset=0)
+            raise BitstreamError("the header is damaged, it is cut off: get an intact copy", offset=0)
+        head = replace(self._head, size=0)
+        end = _find_end(memoryview(self._rest), head, self._limits)
+        if end is None or end.offset != 0 or end.lengths != self._lengths:
+            raise _end_is_missing(self._offset)
+        self.header = _with_end(self._head.header, end.samples, len(end.lengths), self._limits)
+        return self.header
+
+    def _drop(self, size: int) -> None:
+        self._rest = self._rest[size:]
+        self._offset += size
+
+
 def _check_limits(header: Header, limits: Limits) -> None:
     geometry = header.geometry
     if isinstance(geometry, ImageGeometry):
-        name, count, limit = "pixels", geometry.height * geometry.width, limits.max_pixels
+        pixels = geometry.height * geometry.width
+        name, count, limit = "pixels", -(-pixels * max(geometry.channels, 3) // 3), limits.max_pixels
     else:
         name, count, limit = "samples", geometry.samples * geometry.channels, limits.max_samples
     if count > limit:

@@ -1,22 +1,23 @@
 """Exact integer networks: what may stand between the bytes of a file and the choice of a probability table.
 
 Weights and activations are integers. A convolution is carried out in float64, where every partial sum is an integer
-below 2**40 and therefore exact in any order of summation, and its result is rounded before any bias, shift or
-comparison. CPU and GPU, any number of threads and any memory layout give the same integers.
+below 2**40 (or that times a power of two) and therefore exact in any order of summation, and half a unit is added
+before results are rounded down, so that not even an inexact product would matter. CPU and GPU, any number of threads
+and any memory layout give the same integers.
 
 Fixed-point numbers have FRACTION_BITS fractional bits unless said otherwise.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from compand.errors import CheckpointError
 
@@ -28,6 +29,10 @@ ACTIVATION_LIMIT = 1 << 18
 """Activations between layers, and a network's input, are clamped to +- this."""
 
 ACCUMULATOR_LIMIT = 1 << 40
+
+_ONE = 1 << WEIGHT_BITS
+_HALF = (1 << (WEIGHT_BITS - 1)) + 0.5
+"""Added to sums, in units of the accumulator: rounds to the nearest activation, and the sums to integers."""
 
 BIAS_LIMIT = 1 << 31
 """Checkpoints hold biases in 32 bits."""
@@ -54,26 +59,60 @@ def interpolate_levels(table: Tensor, quality: int, steps: int) -> Tensor:
     return torch.div(total + steps // 2, steps, rounding_mode="floor")
 
 
+def shuffled(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Unfolds channels into pixels: [batch, c rows columns, h, w] -> [batch, c, h rows, w columns]."""
+    batch, channels, height, width = x.shape
+    parts = x.reshape(batch, channels // (rows * columns), rows, columns, height, width)
+    return parts.permute(0, 1, 4, 2, 5, 3).reshape(batch, -1, height * rows, width * columns)
+
+
+class WidthShuffle(nn.Module):
+    """nn.PixelShuffle along the width alone: [batch, c factor, h, w] -> [batch, c, h, w factor]."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return shuffled(x, 1, self.factor)
+
+
+class _Planes(NamedTuple):
+    """Activations by channel; the convolutions leave columns and rows of no meaning behind those that are meant."""
+
+    values: Tensor  # float64 integers [channels, batch, rows, columns]
+    height: int  # rows that are meant
+    width: int  # columns that are meant
+
+
 class IntegerConvolution(nn.Module):
     """Convolution, rectification and pixel shuffle on integers.
 
+    One matrix product a kernel tap, on the input moved by so many positions: a frame of zeros around each plane makes
+    all of them slices of one matrix, so that nothing is gathered. Weights and biases are held divided by
+    2**WEIGHT_BITS, exactly, so that a layer's result is the floor of its sums.
+
     Args:
-        weight: integers [out, in, k, k], k odd; fixed-point with WEIGHT_BITS.
+        weight: integers [out, in, kh, kw], both edges odd; fixed-point with WEIGHT_BITS.
         bias: integers [out]; fixed-point with FRACTION_BITS + WEIGHT_BITS.
-        shuffle: factor by which channels are unfolded into pixels afterwards.
+        shuffle: factors (rows, columns) by which channels are unfolded into pixels afterwards; one number is both.
         rectify: whether negative results become 0.
 
     Raises:
         CheckpointError: an accumulator could reach 2**40, a bias does not fit 32 bits, or the shapes disagree.
     """
 
-    weight: Tensor
-    bias: Tensor
+    taps: Tensor
+    offset: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor, shuffle: int = 1, rectify: bool = True) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor, shuffle: int | tuple[int, int] = 1, rectify: bool = True
+    ) -> None:
         super().__init__()
-        square = weight.ndim == 4 and weight.shape[2] == weight.shape[3] and weight.shape[2] % 2 == 1
-        if not square or bias.shape != weight.shape[:1] or shuffle < 1 or weight.shape[0] % shuffle**2:
+        rows, columns = (shuffle, shuffle) if isinstance(shuffle, int) else shuffle
+        odd = weight.ndim == 4 and weight.shape[2] % 2 == 1 and weight.shape[3] % 2 == 1
+        unfolds = odd and rows >= 1 and columns >= 1 and weight.shape[0] % (rows * columns) == 0
+        if not unfolds or bias.shape != weight.shape[:1]:
             shapes = f"{list(weight.shape)} and {list(bias.shape)}, shuffled by {shuffle},"
             raise CheckpointError(
                 f"integer layer of shapes {shapes} is malformed: export the checkpoint again"
@@ -85,17 +124,52 @@ class IntegerConvolution(nn.Module):
             raise CheckpointError(
                 f"an integer layer can reach {reach:.3g} (bias {largest_bias:.3g}): its weights must be smaller"
             )
-        self.register_buffer("weight", weight.double(), persistent=False)
-        self.register_buffer("bias", bias.double()[:, None, None], persistent=False)
-        self.shuffle, self.rectify = shuffle, rectify
+        taps = weight.double().permute(2, 3, 0, 1).reshape(-1, *weight.shape[:2]) / _ONE
+        self.register_buffer("taps", taps.contiguous(), persistent=False)
+        self.register_buffer("offset", (bias.double()[:, None] + _HALF) / _ONE, persistent=False)
+        self.kernel = (weight.shape[2], weight.shape[3])
+        self.shuffle, self.rectify = (rows, columns), rectify
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: float64 integers [batch, in, h, w] -> float64 integers [batch, out / shuffle^2, h shuffle, w shuffle]."""
-        total = torch.round(F.conv2d(x, self.weight, padding=self.weight.shape[2] // 2)) + self.bias
-        half = 1 << (WEIGHT_BITS - 1)
-        x = torch.floor((total + half) * (1 / (1 << WEIGHT_BITS)))
-        low = 0 if self.rectify else -ACTIVATION_LIMIT
-        return F.pixel_shuffle(x.clamp_(low, ACTIVATION_LIMIT), self.shuffle)
+    @property
+    def weight(self) -> Tensor:
+        """Float64 integers [out, in, kh, kw]."""
+        return (self.taps * _ONE).unflatten(0, self.kernel).permute(2, 3, 0, 1)
+
+    @property
+    def bias(self) -> Tensor:
+        """Float64 integers [out]."""
+        return self.offset[:, 0] * _ONE - _HALF
+
+    def forward(self, x: _Planes) -> _Planes:
+        """Channels become out / (rows columns), height and width grow by rows and columns."""
+        batch, height, width = x.values.shape[1], x.height, x.width
+        rows, columns = x.values.shape[2:] if self.kernel == (1, 1) else self._framed_shape(height, width)
+        size = batch * rows * columns
+        flat = x.values.reshape(-1, size) if self.kernel == (1, 1) else self._framed(x, size)
+        total: Tensor | None = None
+        for tap, (row, column) in zip(self.taps, np.ndindex(*self.kernel), strict=True):
+            moved = flat.narrow(1, row * columns + column, size)
+            total = torch.addmm(self.offset, tap, moved) if total is None else total.addmm_(tap, moved)
+        assert total is not None
+        total.floor_().clamp_(0 if self.rectify else -ACTIVATION_LIMIT, ACTIVATION_LIMIT)
+        planes = total.view(-1, batch, rows, columns)
+        if self.shuffle == (1, 1):
+            return _Planes(planes, height, width)
+        planes = shuffled(planes[:, :, :height, :width].transpose(0, 1), *self.shuffle).transpose(0, 1)
+        return _Planes(planes, height * self.shuffle[0], width * self.shuffle[1])
+
+    def _framed_shape(self, height: int, width: int) -> tuple[int, int]:
+        return height + self.kernel[0] - 1, width + self.kernel[1] - 1
+
+    def _framed(self, x: _Planes, size: int) -> Tensor:
+        """Planes within frames of zeros, one after another, [channels, size + the farthest move]."""
+        channels, batch = x.values.shape[:2]
+        rows, columns = self._framed_shape(x.height, x.width)
+        flat = x.values.new_zeros(channels, size + (self.kernel[0] - 1) * columns + self.kernel[1] - 1)
+        top, left = self.kernel[0] // 2, self.kernel[1] // 2
+        inside = flat[:, :size].view(channels, batch, rows, columns)
+        inside[:, :, top : top + x.height, left : left + x.width] = x.values[:, :, : x.height, : x.width]
+        return flat
 
 
 class IntegerNetwork(nn.Module):
@@ -107,7 +181,7 @@ class IntegerNetwork(nn.Module):
 
     def __init__(self, layers: list[IntegerConvolution]) -> None:
         super().__init__()
-        given = [layer.weight.shape[0] // layer.shuffle**2 for layer in layers]
+        given = [layer.weight.shape[0] // math.prod(layer.shuffle) for layer in layers]
         if not layers or given[:-1] != [layer.weight.shape[1] for layer in layers[1:]]:
             raise CheckpointError(
                 "layers of an integer network do not fit each other: export the checkpoint again"
@@ -121,7 +195,7 @@ class IntegerNetwork(nn.Module):
 
     @classmethod
     def from_float(cls, network: nn.Sequential) -> IntegerNetwork:
-        """Converts a chain of odd "same" convolutions, each optionally followed by PixelShuffle and by ReLU.
+        """Converts a chain of odd "same" convolutions, each optionally followed by a shuffle and by ReLU.
 
         Raises:
             CheckpointError: another kind of layer, or weights too large for exact arithmetic.
@@ -140,6 +214,8 @@ class IntegerNetwork(nn.Module):
                 )
             elif isinstance(part, nn.PixelShuffle) and layers and "shuffle" not in layers[-1]:
                 layers[-1]["shuffle"] = part.upscale_factor
+            elif isinstance(part, WidthShuffle) and layers and "shuffle" not in layers[-1]:
+                layers[-1]["shuffle"] = (1, part.factor)
             elif isinstance(part, nn.ReLU) and layers:
                 layers[-1]["rectify"] = True
             else:
@@ -149,36 +225,42 @@ class IntegerNetwork(nn.Module):
         return cls([IntegerConvolution(**layer) for layer in layers])
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: integers of any dtype, [batch, in, h, w], clamped to +-ACTIVATION_LIMIT. Returns int64."""
-        x = x.double().clamp(-ACTIVATION_LIMIT, ACTIVATION_LIMIT)
+        """x: integers of any dtype, [batch, in, h, w], clamped to +-ACTIVATION_LIMIT. Returns int32."""
+        x = x.double().clamp(-ACTIVATION_LIMIT, ACTIVATION_LIMIT).transpose(0, 1)
+        planes = _Planes(x, x.shape[2], x.shape[3])
         for layer in self.layers:
-            x = layer(x)
-        return x.long()
+            planes = layer(planes)
+        result = planes.values[:, :, : planes.height, : planes.width].transpose(0, 1)
+        return result.to(torch.int32, memory_format=torch.contiguous_format)
 
     def arrays(self) -> dict[str, NDArray[np.int32]]:
-        """Int32 arrays for a checkpoint: weights and biases by layer, and [shuffle, rectify] of each layer."""
+        """Int32 arrays for a checkpoint: weights and biases by layer, and the `shape` of each layer.
+
+        That is [shuffle, rectify] where the shuffles of all layers are square, else [columns, rectify, rows].
+        """
         result = {}
         for i, layer in enumerate(self.convolutions):
             result[f"{i}.weight"] = layer.weight.cpu().numpy().astype(np.int32)
-            result[f"{i}.bias"] = layer.bias.flatten().cpu().numpy().astype(np.int32)
-        result["shape"] = np.array(
-            [[layer.shuffle, layer.rectify] for layer in self.convolutions], dtype=np.int32
-        )
+            result[f"{i}.bias"] = layer.bias.cpu().numpy().astype(np.int32)
+        shape = [[layer.shuffle[1], layer.rectify, layer.shuffle[0]] for layer in self.convolutions]
+        square = all(columns == rows for columns, _, rows in shape)
+        result["shape"] = np.array(shape, dtype=np.int32)[:, : 2 if square else 3]
         return result
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> IntegerNetwork:
         """Inverse of `arrays`. Raises CheckpointError where they are not a network."""
         try:
-            shape = arrays["shape"].reshape(-1, 2).tolist()
+            shape = arrays["shape"]
+            shape = shape if shape.ndim == 2 and shape.shape[1] == 3 else shape.reshape(-1, 2)[:, [0, 1, 0]]
             layers = [
                 IntegerConvolution(
                     torch.from_numpy(arrays[f"{i}.weight"].astype(np.float64)),
                     torch.from_numpy(arrays[f"{i}.bias"].astype(np.float64)),
-                    int(shuffle),
+                    (rows, columns),
                     bool(rectify),
                 )
-                for i, (shuffle, rectify) in enumerate(shape)
+                for i, (columns, rectify, rows) in enumerate(shape.tolist())
             ]
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"the checkpoint's integer network is incomplete: {error}") from None
@@ -187,6 +269,6 @@ class IntegerNetwork(nn.Module):
 
 def _is_same(part: nn.Conv2d) -> bool:
     """Whether a convolution is the plain odd one, padded with zeros to the size of its input."""
-    edge = part.kernel_size[0]
-    plain = (part.kernel_size, part.stride, part.dilation, part.groups) == ((edge, edge), (1, 1), (1, 1), 1)
-    return plain and edge % 2 == 1 and part.padding == (edge // 2, edge // 2) and part.padding_mode == "zeros"
+    rows, columns = part.kernel_size
+    plain = (part.stride, part.dilation, part.groups, part.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
+    return plain and rows % 2 == columns % 2 == 1 and part.padding == (rows // 2, columns // 2)

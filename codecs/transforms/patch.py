@@ -31,15 +31,22 @@ class Stage:
 
 
 class DepthwiseBlock(nn.Module):
-    """x + W2 gelu(W1 dw(x)): a k x k depth-wise convolution, then a point-wise network `expansion` times as wide.
+    """x + W2 gelu(W1 dw(x)): a depth-wise convolution, then a point-wise network `expansion` times as wide.
 
     The block of ConvNeXt (Liu et al. 2022, figure 4) without its normalisation, which would discard the amplitude
     that a codec has to carry.
+
+    Args:
+        channels: width.
+        kernel: extent of the depth-wise kernel, odd, along (height, width); one number for both.
+        expansion: factor by which the point-wise network is wider.
     """
 
-    def __init__(self, channels: int, kernel: int = 5, expansion: int = 3) -> None:
+    def __init__(self, channels: int, kernel: int | tuple[int, int] = 5, expansion: int = 3) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
+        extent = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = (extent[0] // 2, extent[1] // 2)
+        self.depthwise = nn.Conv2d(channels, channels, extent, padding=padding, groups=channels)
         self.expand = nn.Conv2d(channels, expansion * channels, 1)
         self.project = nn.Conv2d(expansion * channels, channels, 1)
         with torch.no_grad():
@@ -87,6 +94,23 @@ def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
     return x.permute(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, c // factor**2).permute(0, 3, 1, 2)
 
 
+def colour_axes(channels: int) -> Tensor:
+    """Orthonormal axes that roughly decorrelate channels: luma and two chroma axes for RGB, else a cosine transform
+    (for stereo the sum and the difference).
+
+    Returns:
+        [channels, channels] in float64, one axis a row.
+    """
+    if channels == 3:
+        primaries = [[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]]
+        axes: Tensor = torch.linalg.qr(torch.tensor(primaries, dtype=torch.float64).T)[0].T
+        return axes
+    n = torch.arange(channels, dtype=torch.float64)
+    axes = torch.cos(math.pi * (n[None] + 0.5) * n[:, None] / channels) * math.sqrt(2 / channels)
+    axes[0] /= math.sqrt(2)
+    return axes
+
+
 def dct_patch_basis(stride: int, latent_channels: int) -> Tensor:
     """The lowest frequencies of the orthonormal 2-D DCT of stride x stride patches in YCbCr-like colour axes.
 
@@ -107,11 +131,7 @@ def dct_patch_basis(stride: int, latent_channels: int) -> Tensor:
     n = torch.arange(stride, dtype=torch.float64)
     basis = torch.cos(math.pi * (n[None, :] + 0.5) * n[:, None] / stride) * math.sqrt(2 / stride)
     basis[0] /= math.sqrt(2)
-    colour = torch.linalg.qr(
-        torch.tensor(
-            [[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]], dtype=torch.float64
-        ).T
-    )[0].T
+    colour = colour_axes(3)
     radius = (n[:, None] ** 2 + n[None, :] ** 2).flatten()
     luma = min(latent_channels - 2 * (latent_channels // 6), stride**2)
     chroma = (latent_channels - luma) // 2

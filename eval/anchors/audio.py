@@ -21,6 +21,7 @@ from compand.eval.subjects import Subject
 from compand.sounds import Sound, as_stored, read_sound, resample
 
 _LIBRARY = f"libsndfile {soundfile.__libsndfile_version__} of soundfile {soundfile.__version__}"
+_WRITTEN = 2**20  # frames written at a time: the Vorbis encoder keeps them on the stack, 8 MB in all
 _MAX_RATE = 2**20  # Hz; bounds what a damaged trailer can ask for
 _KBPS_MPEG1 = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 _KBPS_MPEG2 = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
@@ -66,7 +67,11 @@ class _SoundfileSubject(Subject):
         stream = io.BytesIO()
         try:
             samples = as_stored(coded.samples, options["subtype"])
-            soundfile.write(stream, samples, rate, format=self.container, **options)
+            with soundfile.SoundFile(
+                stream, "w", rate, sound.channels, format=self.container, **options
+            ) as file:
+                for start in range(0, len(samples), _WRITTEN):
+                    file.write(samples[start : start + _WRITTEN])
         except (soundfile.SoundFileError, ValueError, TypeError) as error:
             shape = f"{sound.channels} channels at {sound.rate} Hz"
             raise UsageError(f"{self.title} cannot hold {shape}: leave the file out") from error

@@ -44,7 +44,7 @@ def add_codec(parser: argparse.ArgumentParser) -> None:
 
 def add_pictures(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """The option --data: the pictures of a folder, sorted by name."""
-    parser.add_argument("--data", type=_pictures, required=required, help="folder of pictures")
+    parser.add_argument("--data", type=pictures, required=required, help="folder of pictures")
 
 
 def image_codec(info: checkpoint.CheckpointInfo, device: str, *, reduced: bool | None = None) -> ImageCodec:
@@ -67,7 +67,8 @@ def _checkpoint(name: str) -> checkpoint.CheckpointInfo:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _pictures(folder: str) -> list[Path]:
+def pictures(folder: str) -> list[Path]:
+    """The pictures of a folder, sorted by name, as the type of an option."""
     found = sorted(path for path in Path(folder).glob("*") if is_image_path(path))
     if not found:
         raise argparse.ArgumentTypeError(f"{folder} holds no pictures")

@@ -26,6 +26,7 @@ METRICS = (
     Metric("ms_ssim", "MS-SSIM", "", "higher", "image"),
     Metric("lpips", "LPIPS", "", "lower", "image"),
     Metric("dists", "DISTS", "", "lower", "image"),
+    Metric("psnr", "PSNR", "dB", "higher", "audio"),
     Metric("si_sdr", "SI-SDR", "dB", "higher", "audio"),
     Metric("sdr", "SDR", "dB", "higher", "audio"),
     Metric("log_mel", "log-mel distance", "dB", "lower", "audio"),
@@ -33,7 +34,7 @@ METRICS = (
     Metric("stoi", "STOI", "", "higher", "audio"),
     Metric("visqol", "ViSQOL", "MOS-LQO", "higher", "audio"),
 )
-"""All metrics, in the order of their columns."""
+"""All metrics, in the order of their columns; both media have a PSNR."""
 
 
 def for_medium(medium: str, wanted: Sequence[str] | None = None) -> tuple[list[Metric], list[str]]:
@@ -76,14 +77,15 @@ def measure(metric: str, original: Signal, decoded: Signal) -> float:
         UsageError: the item is unfit for the metric (too small, silent, an unsupported rate), or the two signals do
             not have the same size.
     """
-    media = {entry.name: entry.medium for entry in METRICS}
-    if metric not in media:
-        raise UsageError(f"metric {metric} does not exist: choose from {', '.join(media)}")
-    if media[metric] == "image" and isinstance(original, Picture) and isinstance(decoded, Picture):
+    media = {entry.medium for entry in METRICS if entry.name == metric}
+    if not media:
+        known = dict.fromkeys(entry.name for entry in METRICS)
+        raise UsageError(f"metric {metric} does not exist: choose from {', '.join(known)}")
+    if "image" in media and isinstance(original, Picture) and isinstance(decoded, Picture):
         from compand.eval.metrics import images
 
         return images.measure(metric, original, decoded)
-    if media[metric] == "audio" and isinstance(original, Sound) and isinstance(decoded, Sound):
+    if "audio" in media and isinstance(original, Sound) and isinstance(decoded, Sound):
         from compand.eval.metrics import audio
 
         return audio.measure(metric, original, decoded)

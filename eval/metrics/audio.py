@@ -1,8 +1,8 @@
 """Distortion of sounds.
 
-SI-SDR and the log-mel distance are computed a channel and averaged over the channels whose original is not silent, SDR
-over all channels together; PESQ, STOI and ViSQOL, which know one ear, of the mean of the channels. A sound that was
-decoded to silence gets the worst value of its metric rather than none, so that means cannot gain by it.
+SI-SDR and the log-mel distance are computed a channel and averaged over the channels whose original is not silent, PSNR
+and SDR over all channels together; PESQ, STOI and ViSQOL, which know one ear, of the mean of the channels. A sound that
+was decoded to silence gets the worst value of its metric rather than none, so that means cannot gain by it.
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ def sdr(original: Sound, decoded: Sound) -> float:
     """
     x, y = (sound.samples.astype(np.float64).ravel() for sound in (original, decoded))
     return _ratio(x, x - y)
+
+
+def psnr(original: Sound, decoded: Sound) -> float:
+    """10 log10(1 / mean squared error) in dB over all channels together, for a peak of 1; infinite if equal."""
+    error = (original.samples.astype(np.float64) - decoded.samples).ravel()
+    return _ratio(np.ones(1), error / math.sqrt(error.size))
 
 
 def si_sdr(original: Sound, decoded: Sound) -> float:
@@ -152,7 +158,15 @@ def visqol(original: Sound, decoded: Sound) -> float:
 
 
 _FUNCTIONS: Mapping[str, Callable[[Sound, Sound], float]] = MappingProxyType(
-    {"sdr": sdr, "si_sdr": si_sdr, "log_mel": log_mel, "pesq": pesq, "stoi": stoi, "visqol": visqol}
+    {
+        "psnr": psnr,
+        "sdr": sdr,
+        "si_sdr": si_sdr,
+        "log_mel": log_mel,
+        "pesq": pesq,
+        "stoi": stoi,
+        "visqol": visqol,
+    }
 )
 
 

@@ -80,8 +80,10 @@ def codec_hooks(codec: Any) -> list[Hook]:
     """
     from compand.coding import container
     from compand.coding.ans import AnsReader, AnsWriter
+    from compand.coding.container import AudioFrameReader, AudioFrameWriter
 
     hooks = [Hook("io", container, ("read", "write"))]
+    hooks += [Hook("io", framing, _methods(framing)) for framing in (AudioFrameWriter, AudioFrameReader)]
     hooks += [Hook("entropy_coding", coder, _methods(coder)) for coder in (AnsWriter, AnsReader)]
     if hasattr(codec, "transform"):
         hooks.append(Hook("transform", codec.transform, ("analysis", "synthesis")))

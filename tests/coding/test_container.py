@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compand.coding.container import (
+    AudioFrameReader,
+    AudioFrameWriter,
     AudioGeometry,
     Container,
     Extra,
@@ -46,8 +48,11 @@ EXTRAS = (
     Extra(999, b"from the future"),
 )
 SOUND = replace(
-    PHOTOGRAPH, geometry=AudioGeometry(samples=100_000, sample_rate=48_000, channels=2), chunk_size=44_100
+    PHOTOGRAPH,
+    geometry=AudioGeometry(samples=100_000, sample_rate=48_000, channels=2, segments=3),
+    chunk_size=44_096,
 )
+SEGMENTS = tuple(bytes(range(index, index + 40 + 100 * index)) for index in range(3))
 
 
 def varint_sizes(limit: int) -> st.SearchStrategy[int]:
@@ -56,9 +61,15 @@ def varint_sizes(limit: int) -> st.SearchStrategy[int]:
 
 
 image_geometries = st.builds(
-    ImageGeometry, varint_sizes(2**31), varint_sizes(2**31), st.sampled_from((1, 3)), st.sampled_from((8, 16))
+    ImageGeometry,
+    varint_sizes(2**31),
+    varint_sizes(2**31),
+    st.one_of(st.sampled_from((1, 3)), st.integers(1, 255)),
+    st.sampled_from((8, 16)),
 )
-audio_geometries = st.builds(AudioGeometry, varint_sizes(2**36), varint_sizes(2**20), st.integers(1, 300))
+audio_geometries = st.builds(
+    AudioGeometry, varint_sizes(2**36), varint_sizes(2**20), st.integers(1, 300), st.integers(0, 20)
+)
 small_pictures = st.builds(ImageGeometry, varint_sizes(2**10), varint_sizes(2**10), st.sampled_from((1, 3)))
 short_sounds = st.builds(AudioGeometry, varint_sizes(2**16), varint_sizes(2**20), st.integers(1, 8))
 codecs = st.one_of(
@@ -74,12 +85,11 @@ ANYTHING = Limits(max_pixels=2**62, max_samples=2**62)
 def headers(draw: st.DrawFn) -> Header:
     """Every header there can be, with no more chunks than a test should make."""
     geometry = draw(st.one_of(image_geometries, audio_geometries, small_pictures, short_sounds))
-    unit = 64 if isinstance(geometry, ImageGeometry) else 1
     fingerprint = st.binary(min_size=4, max_size=4)
     header = Header(
         *draw(codecs), draw(fingerprint), draw(fingerprint), draw(setting_tuples), geometry, chunk_size=0
     )
-    chunked = replace(header, chunk_size=draw(st.integers(0, 2**20)) * unit)
+    chunked = replace(header, chunk_size=draw(st.integers(0, 2**20)) * 64)
     return chunked if chunked.chunk_count() <= 200 else header
 
 
@@ -88,13 +98,15 @@ class TestRoundTrip:
     @given(headers(), extra_lists, st.data())
     def test_full(self, header: Header, extras: list[Extra], data: st.DataObject) -> None:
         count = header.chunk_count()
+        extras = [] if isinstance(header.geometry, AudioGeometry) else extras
         chunks = data.draw(st.lists(st.binary(max_size=200), min_size=count, max_size=count))
         file = write(header, chunks, extras, compact=False)
         content = read(file, limits=ANYTHING)
         assert (content.header, content.chunks, content.extras) == (header, chunks, extras)
         assert content.damage == []
         assert content.header_bytes == len(file) - sum(map(len, chunks)) - sum(len(e.payload) for e in extras)
-        assert read_header(file[: content.header_bytes], ANYTHING) == header
+        head = file if isinstance(header.geometry, AudioGeometry) else file[: content.header_bytes]
+        assert read_header(head, ANYTHING) == header
         assert read(file, partial=True, limits=ANYTHING) == content
 
     @settings(deadline=None)
@@ -138,7 +150,15 @@ class TestFormat:
         "494343 000102"
     )
     COMPACT = bytes.fromhex("6381 01 60 a1b2 8004 8006 000102 2990")
-    AUDIO = bytes.fromhex("637064 11 08 00 036e6577 a1b2c3d4 01020304 8001 e807 80f702 02 f403")
+    BANDS = bytes.fromhex(
+        "637064 21 48 01 a1b2c3d4 01020304 8001 0c 8004 8006 10"  # opening ... setting, channels, geometry
+        "01 8316dc8c  01dd9b4d  78"  # table, checksum, chunk
+    )
+    AUDIO = bytes.fromhex(
+        "637064 11 01 00 036e6577 a1b2c3d4 01020304 8001 80f702 02 08 a1ab7f49"  # ... checksum
+        "02 73d333ea 61  03 51c4b77c 6262"  # frames
+        "00 e807 01 02 04 e1b38899"  # end
+    )
 
     def test_full(self) -> None:
         assert write(PHOTOGRAPH, [b"\0\1\2"], [Extra(ExtraKind.ICC, b"ICC")]) == self.FULL
@@ -152,9 +172,16 @@ class TestFormat:
         assert (content.header, content.chunks) == (PHOTOGRAPH.compacted(), [b"\0\1\2"])
 
     def test_audio_of_a_third_party_codec(self) -> None:
-        geometry = AudioGeometry(samples=1000, sample_rate=48_000, channels=2)
-        header = replace(SOUND, codec_id=0, codec_name="new", geometry=geometry, chunk_size=500)
-        assert write(header, [b"a", b"b"]).startswith(self.AUDIO)
+        geometry = AudioGeometry(samples=1000, sample_rate=48_000, channels=2, segments=2)
+        header = replace(SOUND, codec_id=0, codec_name="new", geometry=geometry, chunk_size=512)
+        assert write(header, [b"a", b"bb"]) == self.AUDIO
+        content = read(self.AUDIO)
+        assert (content.header, content.chunks) == (header, [b"a", b"bb"])
+
+    def test_twelve_bands(self) -> None:
+        header = replace(PHOTOGRAPH, geometry=ImageGeometry(512, 768, 12, bit_depth=16))
+        assert write(header, [b"x"]) == self.BANDS
+        assert read(self.BANDS).header == header
 
     def test_an_ordinary_photograph_costs_32_bytes(self) -> None:
         header = replace(PHOTOGRAPH, settings=(256,), geometry=ImageGeometry(16_383, 16_383, 3), chunk_size=0)
@@ -175,12 +202,9 @@ class TestChunkCount:
         header = replace(PHOTOGRAPH, geometry=ImageGeometry(height, width, 3), chunk_size=chunk_size)
         assert header.chunk_count() == count
 
-    @pytest.mark.parametrize(
-        ("samples", "chunk_size", "count"), [(1, 1, 1), (1, 0, 1), (10, 5, 2), (11, 5, 3)]
-    )
-    def test_audio(self, samples: int, chunk_size: int, count: int) -> None:
-        header = replace(SOUND, geometry=AudioGeometry(samples, 8000, 1), chunk_size=chunk_size)
-        assert header.chunk_count() == count
+    def test_audio(self) -> None:
+        assert SOUND.chunk_count() == 3
+        assert replace(SOUND, geometry=AudioGeometry(1, 8000, 1)).chunk_count() == 1
 
 
 class TestChoiceOfForm:
@@ -196,7 +220,9 @@ class TestChoiceOfForm:
             replace(PHOTOGRAPH, geometry=ImageGeometry(512, 768, 3, bit_depth=16)),
             replace(PHOTOGRAPH, geometry=ImageGeometry(1, 2**14, 3), chunk_size=0),
             replace(PHOTOGRAPH, geometry=ImageGeometry(2**14, 1, 3), chunk_size=0),
-            replace(SOUND, chunk_size=0),
+            replace(PHOTOGRAPH, geometry=ImageGeometry(512, 768, 4)),
+            replace(PHOTOGRAPH, geometry=ImageGeometry(512, 768, 255, bit_depth=16)),
+            replace(SOUND, chunk_size=0, geometry=AudioGeometry(100_000, 48_000, 2)),
         ],
     )
     def test_full_where_the_compact_form_has_no_room(self, header: Header) -> None:
@@ -242,13 +268,13 @@ class TestWrongArguments:
         with pytest.raises(UsageError):
             replace(PHOTOGRAPH, **change)  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("values", [(0, 1, 3), (1, 0, 3), (1, 1, 2), (1, 1, 3, 12)])
+    @pytest.mark.parametrize("values", [(0, 1, 3), (1, 0, 3), (1, 1, 0), (1, 1, 256), (1, 1, 3, 12)])
     def test_impossible_pictures(self, values: tuple[int, ...]) -> None:
         with pytest.raises(UsageError):
             ImageGeometry(*values)
 
-    @pytest.mark.parametrize("values", [(0, 8000, 1), (1, 0, 1), (1, 8000, 0)])
-    def test_impossible_recordings(self, values: tuple[int, int, int]) -> None:
+    @pytest.mark.parametrize("values", [(-1, 8000, 1), (1, 0, 1), (1, 8000, 0), (1, 8000, 1, -1)])
+    def test_impossible_recordings(self, values: tuple[int, ...]) -> None:
         with pytest.raises(UsageError):
             AudioGeometry(*values)
 
@@ -262,6 +288,14 @@ class TestWrongArguments:
                 write(header, [b"x"])
         with pytest.raises(UsageError):
             write(PHOTOGRAPH, [b"x"], [Extra(1, b"")] * 8)
+
+    def test_what_audio_has_no_room_for(self) -> None:
+        with pytest.raises(UsageError, match="audio has none"):
+            write(SOUND, SEGMENTS, EXTRAS)
+        with pytest.raises(UsageError, match="0 samples"):
+            write(replace(SOUND, geometry=AudioGeometry(0, 48_000, 2, 3)), SEGMENTS)
+        with pytest.raises(UsageError, match="only audio"):
+            AudioFrameWriter(PHOTOGRAPH)
 
     def test_wrong_number_of_chunks(self) -> None:
         with pytest.raises(UsageError, match="5 chunks given: the header describes 6"):
@@ -361,7 +395,7 @@ class TestRefusal:
 
     def test_unknown_medium(self) -> None:
         with pytest.raises(BitstreamError, match="medium"):
-            read(b"cpd\x21" + bytes(40))
+            read(b"cpd\x31" + bytes(40))
 
     def test_limits(self) -> None:
         photograph, sound = write(PHOTOGRAPH, [b"x"], compact=False), write(SOUND, [b"x"] * 3)
@@ -380,11 +414,11 @@ class TestRefusal:
 
     def test_announced_chunks_need_room(self) -> None:
         """Forty bytes cannot make a reader walk through billions of chunks."""
-        header = replace(SOUND, geometry=AudioGeometry(2**36, 1, 1), chunk_size=0)
-        forged = bytearray(write(header, [b""]))
+        header = replace(PHOTOGRAPH, geometry=ImageGeometry(2**15, 2**15, 3), chunk_size=0)
+        forged = bytearray(write(header, [b""], compact=False))
         forged[-10] = 1  # the chunk size is the last byte before a table of five bytes and the checksum
         started = time.process_time()
-        with pytest.raises(BitstreamError, match=f"announces {2**36} chunks"):
+        with pytest.raises(BitstreamError, match=f"announces {2**18} chunks"):
             read(resealed(bytes(forged), len(forged)))
         assert time.process_time() - started < 0.1
 
@@ -399,6 +433,146 @@ class TestRefusal:
             with pytest.raises(BitstreamError) as caught:
                 read(data)
             assert "\n" not in str(caught.value)
+
+
+class TestAudio:
+    """Frames answer for themselves, wherever the damage is."""
+
+    FILE = write(SOUND, SEGMENTS)
+    CONTENT = read(FILE)
+    END_AT = CONTENT.offsets[2] + len(SEGMENTS[2])
+
+    def complete(self, length: int) -> int:
+        """How many chunks the first `length` bytes hold."""
+        ends = (start + len(chunk) for start, chunk in zip(self.CONTENT.offsets, SEGMENTS, strict=True))
+        return sum(length >= end for end in ends)
+
+    def test_what_it_costs(self) -> None:
+        payload = bytes(1000)
+        short = replace(SOUND, geometry=AudioGeometry(2**20, 44_100, 2), chunk_size=2**17)
+        assert len(write(short, [payload])) - len(payload) <= 44
+        assert len(AudioFrameWriter(short).head) + len(AudioFrameWriter(short).end(2**20)) <= 35
+        long = replace(short, geometry=AudioGeometry(2**28, 44_100, 2, 2048))
+        chunk = bytes(30_000)
+        assert len(write(long, [chunk] * 2048)) - 2048 * len(chunk) <= 40 + 10 * 2048
+
+    @given(st.lists(st.binary(max_size=300), max_size=5), st.data())
+    @settings(deadline=None)
+    def test_pushed_in_any_pieces(self, chunks: list[bytes], data: st.DataObject) -> None:
+        header = replace(SOUND, geometry=AudioGeometry(1000, 8000, 1, len(chunks)))
+        writer = AudioFrameWriter(replace(header, geometry=AudioGeometry(0, 8000, 1)))
+        pieces = [writer.head, *map(writer.frame, chunks), writer.end(1000)]
+        file = b"".join(pieces)
+        assert file == write(header, chunks)
+        cuts = sorted(data.draw(st.lists(st.integers(0, len(file)), max_size=8)))
+        reader = AudioFrameReader()
+        got: list[bytes] = []
+        for start, stop in zip([0, *cuts], [*cuts, len(file)], strict=True):
+            got += reader.push(file[start:stop])
+            # Every chunk is there as soon as its last byte is.
+            assert got == chunks[: sum(len(b"".join(pieces[: i + 2])) <= stop for i in range(len(chunks)))]
+        assert reader.finish() == reader.header == header
+        assert read(file).chunks == chunks
+
+    @staticmethod
+    def streamed(reader: AudioFrameReader, file: bytes) -> Header:
+        reader.push(file)
+        return reader.finish()
+
+    def test_a_stream_notices_damage(self) -> None:
+        for offset in range(len(self.FILE)):
+            broken = self.FILE[:offset] + bytes((self.FILE[offset] ^ 0x10,)) + self.FILE[offset + 1 :]
+            reader = AudioFrameReader()
+            with pytest.raises(BitstreamError):
+                self.streamed(reader, broken)
+        for length in range(len(self.FILE)):
+            reader = AudioFrameReader()
+            reader.push(self.FILE[:length])
+            with pytest.raises(BitstreamError):
+                reader.finish()
+        reader = AudioFrameReader()
+        reader.push(self.FILE + b"\0")
+        with pytest.raises(BitstreamError, match="end of the file"):
+            reader.finish()
+        with pytest.raises(BitstreamError, match="picture"):
+            AudioFrameReader().push(write(PHOTOGRAPH, [b"x"]))
+        with pytest.raises(BitstreamError, match="more than the limit"):
+            AudioFrameReader(Limits(max_chunks=2)).push(self.FILE)
+
+    def test_a_damaged_byte_costs_one_chunk_wherever_it_is(self) -> None:
+        for offset in range(len(AudioFrameWriter(SOUND).head), self.END_AT):
+            broken = self.FILE[:offset] + bytes((self.FILE[offset] ^ 0x11,)) + self.FILE[offset + 1 :]
+            index = self.complete(offset)
+            with pytest.raises(BitstreamError, match="chunk is damaged") as caught:
+                read(broken)
+            assert (caught.value.chunk, caught.value.offset) == (index, self.CONTENT.offsets[index])
+            content = read(broken, partial=True)
+            assert content.chunks == [c if i != index else None for i, c in enumerate(SEGMENTS)]
+            assert [fault.chunk for fault in content.damage] == [index]
+            assert content.header == SOUND
+
+    def test_lost_and_inserted_bytes_cost_one_chunk(self) -> None:
+        middle = self.CONTENT.offsets[1] + 50
+        for broken in (
+            self.FILE[:middle] + self.FILE[middle + 7 :],
+            self.FILE[:middle] + b"new" + self.FILE[middle:],
+        ):
+            content = read(broken, partial=True)
+            assert content.chunks == [SEGMENTS[0], None, SEGMENTS[2]] and content.header == SOUND
+            with pytest.raises(BitstreamError):
+                read(broken)
+
+    def test_a_damaged_end_costs_no_chunk(self) -> None:
+        for offset in range(self.END_AT, len(self.FILE)):
+            broken = self.FILE[:offset] + bytes((self.FILE[offset] ^ 0x11,)) + self.FILE[offset + 1 :]
+            for reader in (read, read_header):
+                with pytest.raises(BitstreamError):
+                    reader(broken)
+            content = read(broken, partial=True)
+            assert content.chunks == list(SEGMENTS) and len(content.damage) == 1
+            assert content.header.geometry == AudioGeometry(0, 48_000, 2, 3)
+            assert read_header(broken, partial=True).geometry == AudioGeometry(0, 48_000, 2, 0)
+
+    def test_what_precedes_the_cut_is_kept(self) -> None:
+        head = len(AudioFrameWriter(SOUND).head)
+        for length in range(len(self.FILE)):
+            with pytest.raises(BitstreamError):
+                read(self.FILE[:length])
+            if length < head:
+                with pytest.raises(BitstreamError):
+                    read(self.FILE[:length], partial=True)
+                continue
+            content = read(self.FILE[:length], partial=True)
+            whole = self.complete(length)
+            assert content.chunks == list(SEGMENTS[:whole]) and len(content.damage) == 1
+            assert content.header.geometry.segments == whole
+
+    def test_damage_before_a_cut_costs_its_chunk(self) -> None:
+        broken = bytearray(self.FILE[: self.END_AT + 3])
+        broken[self.CONTENT.offsets[1] + 3] ^= 1
+        content = read(bytes(broken), partial=True)
+        assert content.chunks == [SEGMENTS[0], None, SEGMENTS[2]]
+        assert [fault.chunk for fault in content.damage] == [1, 3]
+
+    def test_bytes_after_the_end(self) -> None:
+        for tail, fact in (
+            (b"\0", "1 bytes follow the end"),
+            (b"garbage", "7 bytes follow the end"),
+            (self.FILE, "out of place"),
+        ):
+            with pytest.raises(BitstreamError, match=fact):
+                read(self.FILE + tail)
+            content = read(self.FILE + tail, partial=True)
+            assert (content.chunks, content.header, len(content.damage)) == (list(SEGMENTS), SOUND, 1)
+
+    def test_frames_of_another_file_or_place_are_damage(self) -> None:
+        frames = [b"one", b"two", b"six"]
+        header = replace(SOUND, settings=(77,))
+        file, other = write(SOUND, frames), write(header, frames)
+        start = len(AudioFrameWriter(SOUND).head)
+        moved = file[:start] + file[start + 8 : start + 16] + file[start : start + 8] + file[start + 16 :]
+        assert read(moved, partial=True).chunks == [None, None, b"six"]
+        assert read(other[:start] + file[start:], partial=True).chunks == []
 
 
 def resealed(file: bytes, header_bytes: int) -> bytes:
@@ -437,7 +611,7 @@ def corpus() -> list[bytes]:
         write(PHOTOGRAPH, [bytes(range(256)) * 9]),
         write(TILED, TILES, EXTRAS),
         write(named, TILES[::-1], EXTRAS[1:]),
-        write(SOUND, TILES[:3]),
+        write(SOUND, SEGMENTS),
         write(large, [b"%d" % index for index in range(25)]),
     ]
 

@@ -16,34 +16,37 @@ from compand.coding.integer import (
     WEIGHT_BITS,
     IntegerConvolution,
     IntegerNetwork,
+    WidthShuffle,
     interpolate_levels,
     to_fixed,
 )
 from compand.errors import CheckpointError
 
 
-def convolved(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, shuffle: int, rectify: bool) -> np.ndarray:
+def convolved(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, shuffle: tuple[int, int], rectify: bool
+) -> np.ndarray:
     """One layer in int64, a sum at a time: x [batch, in, h, w]."""
-    k = weight.shape[2]
-    padded = np.pad(x.astype(np.int64), ((0, 0), (0, 0), (k // 2, k // 2), (k // 2, k // 2)))
+    rows, columns = weight.shape[2:]
+    frame = ((0, 0), (0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2))
+    padded = np.pad(x.astype(np.int64), frame)
     b, _, h, w = x.shape
     total = np.zeros((b, weight.shape[0], h, w), np.int64) + bias.astype(np.int64)[:, None, None]
-    for dy in range(k):
-        for dx in range(k):
+    for dy in range(rows):
+        for dx in range(columns):
             kernel = weight[:, :, dy, dx].astype(np.int64)
             total += np.einsum("oi,bihw->bohw", kernel, padded[:, :, dy : dy + h, dx : dx + w])
     y = (total + (1 << (WEIGHT_BITS - 1))) >> WEIGHT_BITS
     y = y.clip(0 if rectify else -ACTIVATION_LIMIT, ACTIVATION_LIMIT)
-    c = weight.shape[0] // shuffle**2
-    y = y.reshape(b, c, shuffle, shuffle, h, w).transpose(0, 1, 4, 2, 5, 3)
-    return y.reshape(b, c, h * shuffle, w * shuffle)
+    y = y.reshape(b, -1, *shuffle, h, w).transpose(0, 1, 4, 2, 5, 3)
+    return y.reshape(b, -1, h * shuffle[0], w * shuffle[1])
 
 
 def random_layer(
-    generator: np.random.Generator, inputs: int, outputs: int, kernel: int, full: bool
+    generator: np.random.Generator, inputs: int, outputs: int, kernel: tuple[int, int], full: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Integer weights and biases; `full`: as large as exact arithmetic allows."""
-    weight = generator.integers(-4096, 4097, (outputs, inputs, kernel, kernel))
+    weight = generator.integers(-4096, 4097, (outputs, inputs, *kernel))
     bias = generator.integers(-(1 << 22), 1 << 22, outputs)
     if full:
         limit = ACCUMULATOR_LIMIT // ACTIVATION_LIMIT - 64
@@ -51,7 +54,7 @@ def random_layer(
     return weight, bias
 
 
-def network(parts: list[tuple[np.ndarray, np.ndarray, int, bool]]) -> IntegerNetwork:
+def network(parts: list[tuple[np.ndarray, np.ndarray, int | tuple[int, int], bool]]) -> IntegerNetwork:
     return IntegerNetwork(
         [IntegerConvolution(torch.from_numpy(w), torch.from_numpy(b), s, r) for w, b, s, r in parts]
     )
@@ -60,8 +63,8 @@ def network(parts: list[tuple[np.ndarray, np.ndarray, int, bool]]) -> IntegerNet
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    kernel=st.sampled_from([1, 3, 5]),
-    shuffle=st.sampled_from([1, 2]),
+    kernel=st.tuples(st.sampled_from([1, 3, 5]), st.sampled_from([1, 3, 5])),
+    shuffle=st.sampled_from([(1, 1), (2, 2), (1, 2), (3, 1)]),
     rectify=st.booleans(),
     full=st.booleans(),
     size=st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 9)),
@@ -69,25 +72,27 @@ def network(parts: list[tuple[np.ndarray, np.ndarray, int, bool]]) -> IntegerNet
 )
 def test_equal_to_int64_arithmetic(seed, kernel, shuffle, rectify, full, size, inputs):
     generator = np.random.default_rng(seed)
-    first = *random_layer(generator, inputs, 3 * shuffle**2, kernel, full), shuffle, rectify
-    second = *random_layer(generator, 3, 2, 1, full), 1, not rectify
+    first = *random_layer(generator, inputs, 3 * shuffle[0] * shuffle[1], kernel, full), shuffle, rectify
+    second = *random_layer(generator, 3, 2, kernel[::-1], full), (1, 1), not rectify
+    third = *random_layer(generator, 2, 3, (1, 1), full), (1, 1), not rectify
     x = generator.integers(-ACTIVATION_LIMIT, ACTIVATION_LIMIT + 1, (size[0], inputs, *size[1:]))
-    expected = convolved(convolved(x, *first), *second)
-    got = network([first, second])(torch.from_numpy(x))
-    assert got.dtype == torch.int64 and np.array_equal(got.numpy(), expected)
+    expected = convolved(convolved(convolved(x, *first), *second), *third)
+    got = network([first, second, third])(torch.from_numpy(x))
+    assert got.dtype == torch.int32 and np.array_equal(got.numpy(), expected)
 
 
 def test_sums_at_the_limit_are_exact():
-    """Every product at its largest, and one unit more in the last: only exact sums tell the two apart."""
-    inputs = 64
-    weight = np.full((1, inputs, 1, 1), ACCUMULATOR_LIMIT // ACTIVATION_LIMIT // inputs - 1)
-    x = np.full((1, inputs, 1, 2), 4095)
-    x[0, 0, 0, 1] += 1
-    layer = IntegerConvolution(torch.from_numpy(weight), torch.tensor([1]), rectify=False)
-    for bias in range(-2, 3):
-        layer.bias.fill_(bias)
-        expected = convolved(x, weight, np.array([bias]), 1, False)
-        assert np.array_equal(layer(torch.from_numpy(x).double()).numpy(), expected)
+    """Huge products that cancel, in any order, leave the one unit that decides how a sum is rounded."""
+    largest = ACCUMULATOR_LIMIT // ACTIVATION_LIMIT // 64 - 1
+    weight = np.array([largest] * 32 + [-largest] * 32 + [1])
+    units = np.array([-2049, -2048, 2047, 2048])
+    x = np.full((1, 65, 1, len(units)), ACTIVATION_LIMIT)
+    x[0, -1, 0] = units
+    generator = np.random.default_rng(0)
+    for _ in range(10):
+        order = generator.permutation(65)
+        layer = (weight[order].reshape(1, 65, 1, 1), np.zeros(1, np.int64), 1, False)
+        assert network([layer])(torch.from_numpy(x[:, order])).flatten().tolist() == [-1, 0, 0, 1]
 
 
 def test_inputs_and_results_are_clamped():
@@ -134,8 +139,8 @@ def test_biases_that_a_checkpoint_cannot_hold_are_refused():
 
 @pytest.mark.parametrize(
     ("weight", "bias", "shuffle"),
-    [((2, 2, 3), 2, 1), ((2, 2, 3, 1), 2, 1), ((2, 2, 2, 2), 2, 1), ((2, 2, 3, 3), 3, 1), ((2, 2, 1, 1), 2, 2),
-     ((4, 2, 1, 1), 4, 0), ((4, 2, 1, 1), 4, -1)],
+    [((2, 2, 3), 2, 1), ((2, 2, 3, 2), 2, 1), ((2, 2, 2, 2), 2, 1), ((2, 2, 3, 3), 3, 1), ((2, 2, 1, 1), 2, 2),
+     ((4, 2, 1, 1), 4, 0), ((4, 2, 1, 1), 4, -1), ((4, 2, 1, 1), 4, (1, 3)), ((4, 2, 1, 1), 4, (0, 1))],
 )  # fmt: skip
 def test_malformed_layers(weight, bias, shuffle):
     with pytest.raises(CheckpointError):
@@ -155,6 +160,15 @@ def float_network() -> nn.Sequential:
     )  # fmt: skip
 
 
+def flat_network() -> nn.Sequential:
+    torch.manual_seed(4)
+    return nn.Sequential(
+        nn.Conv2d(8, 2 * 12, (1, 3), padding=(0, 1)), WidthShuffle(2), nn.ReLU(),
+        nn.Conv2d(12, 2 * 8, (1, 5), padding=(0, 2)), WidthShuffle(2), nn.ReLU(),
+        nn.Conv2d(8, 10, 1),
+    )  # fmt: skip
+
+
 def test_conversion_costs_little():
     floating = float_network()
     x = torch.round(torch.randn(2, 8, 5, 7) * 4)
@@ -166,13 +180,34 @@ def test_conversion_costs_little():
     assert float((got - expected).square().mean().sqrt()) < 0.002
 
 
+def test_conversion_along_the_width():
+    floating = flat_network()
+    x = torch.round(torch.randn(2, 8, 1, 7) * 4)
+    with torch.no_grad():
+        expected = floating(x)
+    exact = IntegerNetwork.from_float(floating)
+    got = exact(to_fixed(x)).double() / (1 << FRACTION_BITS)
+    assert got.shape == expected.shape == (2, 10, 1, 28)
+    assert float((got - expected).abs().max()) < 0.01
+    assert [layer.shuffle for layer in exact.layers] == [(1, 2), (1, 2), (1, 1)]
+
+
+def test_width_shuffle_is_a_pixel_shuffle_of_one_axis():
+    x = torch.arange(2 * 6 * 1 * 5).view(2, 6, 1, 5)
+    got = WidthShuffle(3)(x)
+    assert got.shape == (2, 2, 1, 15)
+    for channel in range(2):
+        for place in range(15):
+            assert torch.equal(got[:, channel, 0, place], x[:, channel * 3 + place % 3, 0, place // 3])
+
+
 def test_conversion_keeps_structure():
     layers = IntegerNetwork.from_float(float_network()).layers
     assert [(layer.shuffle, layer.rectify) for layer in layers] == [
-        (2, True),
-        (2, True),
-        (1, True),
-        (1, False),
+        ((2, 2), True),
+        ((2, 2), True),
+        ((1, 1), True),
+        ((1, 1), False),
     ]
 
 
@@ -181,7 +216,7 @@ def test_conversion_keeps_structure():
     [
         nn.GELU(), nn.Conv2d(4, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding=1, groups=2),
         nn.Conv2d(4, 4, 3, padding=2, dilation=2), nn.Conv2d(4, 4, 3, padding=1, padding_mode="replicate"),
-        nn.Conv2d(4, 4, 2), nn.PixelShuffle(2), nn.ReLU(),
+        nn.Conv2d(4, 4, 2), nn.PixelShuffle(2), WidthShuffle(2), nn.ReLU(), nn.Conv2d(4, 4, (1, 3), padding=1),
         nn.Sequential(nn.Conv2d(4, 16, 1), nn.PixelShuffle(2), nn.PixelShuffle(2)),
     ],
     ids=str,
@@ -244,10 +279,13 @@ def test_half_precision_transforms_leave_the_integers_alone():
 # ---------------------------------------------------------------------------------------------------- arrays
 
 
-def test_arrays_round_trip():
-    exact = IntegerNetwork.from_float(float_network())
+@pytest.mark.parametrize(("floating", "columns"), [(float_network, 2), (flat_network, 3)])
+def test_arrays_round_trip(floating, columns):
+    exact = IntegerNetwork.from_float(floating())
     arrays = exact.arrays()
     assert all(array.dtype == np.int32 for array in arrays.values())
+    # Square shuffles are kept as they always were: released checkpoints have two columns.
+    assert arrays["shape"].shape == (len(exact.layers), columns)
     restored = IntegerNetwork.from_arrays(arrays)
     x = torch.randint(-100_000, 100_000, (1, 8, 6, 5))
     assert torch.equal(restored(x), exact(x))

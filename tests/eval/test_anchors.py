@@ -240,6 +240,12 @@ def test_opus_reaches_its_target_rate_a_channel(channels: int, kbps: int):
     assert payload == pytest.approx(channels * kbps, rel=0.12)
 
 
+def test_vorbis_takes_sounds_that_its_stack_would_not_hold():
+    sound = Sound(np.tile(music(44100).samples, 50), 44100)
+    vorbis = audio.ANCHORS["vorbis"]()
+    assert vorbis.decode(vorbis.encode(sound, 0.0)).samples.shape == sound.samples.shape
+
+
 def ogg_packets(data: bytes) -> list[int]:
     """Sizes of the packets of an Ogg file."""
     sizes, position, unfinished = [], 0, 0

@@ -83,7 +83,7 @@ def test_what_is_not_installed_is_a_notice(monkeypatch: pytest.MonkeyPatch):
     lacking = {"pesq", "pystoi", "visqol"}
     monkeypatch.setattr(util, "find_spec", lambda name: None if name in lacking else find_spec(name))
     found, notices = metrics.for_medium("audio")
-    assert [metric.name for metric in found] == ["si_sdr", "sdr", "log_mel"]
+    assert [metric.name for metric in found] == ["psnr", "si_sdr", "sdr", "log_mel"]
     assert [notice.split(" is left out: ")[0] for notice in notices] == ["PESQ", "STOI", "ViSQOL"]
     assert 'pip install "compand[pesq]"' in notices[0]
     monkeypatch.setattr(util, "find_spec", lambda name: None if name == "numba" else object())
@@ -281,7 +281,9 @@ def test_sdr_and_si_sdr_of_closed_forms():
     original = Sound(tone[None], 8000)
     assert metrics.measure("sdr", original, Sound(tone[None] / 2, 8000)) == pytest.approx(20 * math.log10(2))
     assert metrics.measure("si_sdr", original, Sound((tone + other / 10)[None], 8000)) == pytest.approx(20)
-    for metric in ("sdr", "si_sdr"):
+    halves = Sound(np.full((2, 500), 0.5, np.float32), 8000)
+    assert metrics.measure("psnr", halves, Sound(halves.samples * 1.2, 8000)) == pytest.approx(20, abs=1e-5)
+    for metric in ("psnr", "sdr", "si_sdr"):
         assert metrics.measure(metric, original, original) == math.inf
     # A silent channel of the original says nothing and is not counted.
     stereo = Sound(np.stack([tone, 0 * tone]), 8000)

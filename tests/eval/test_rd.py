@@ -25,6 +25,7 @@ from compand.eval.measurements import MEASUREMENTS, Store
 from compand.eval.rd import Options
 from compand.eval.runner import _progress, example_folders, measure_all
 from compand.eval.selection import select
+from compand.sounds import Sound
 
 QUICK = {"metrics": ["psnr"], "plugins": ("foreign_codecs",), "jobs": 1, "examples": 0, "quiet": True}
 
@@ -133,6 +134,27 @@ def test_sounds_have_kbps(tmp_path):
     assert flac["kbps"] < 16 * 16
     assert identity["seconds"] == 1
     assert (identity["rate"], identity["channels"]) == (16000, 1)
+
+
+def test_an_audio_checkpoint_is_measured_beside_anchors(checkpoint_of, tmp_path):
+    sounds = tmp_path / "sounds"
+    sounds.mkdir()
+    for name, rate, channels in (("a.wav", 44100, 2), ("b.flac", 16000, 1)):
+        time_axis = np.arange(rate // 2)[None] / rate
+        pitches = np.array([[220.0], [330.0]])[:channels]
+        Sound((0.4 * np.sin(2 * np.pi * pitches * time_axis)).astype(np.float32), rate).save(sounds / name)
+    folder = str(checkpoint_of("wavelet-audio"))
+    metrics = ["sdr", "psnr"]
+    options = {"codecs": [folder, "flac"], "qualities": f"{folder}=1,8", "metrics": metrics, "examples": 1}
+    assert evaluate(sounds, tmp_path / "out", **options) == 0
+    content = results(tmp_path / "out")
+    assert [metric["name"] for metric in content["summary"]["metrics"]] == ["psnr", "sdr"]
+    low, high = content["summary"]["codecs"][Path(folder).name]["points"]
+    assert low["items"] == high["items"] == 2
+    assert low["kbps"] < high["kbps"]
+    assert low["psnr"] < high["psnr"] and low["sdr"] < high["sdr"]
+    sizes = {row["item"]: (row["rate"], row["channels"], row["seconds"]) for row in content["rows"]}
+    assert sizes == {"a.wav": (44100, 2, 0.5), "b.flac": (16000, 1, 0.5)}
 
 
 def test_originals_and_decoded_files_are_kept_as_examples(photos, tmp_path):

@@ -1,7 +1,7 @@
 """Writes the golden files of a new release: python tests/golden/make.py NAME-vN
 
 Run once, when a checkpoint is released; what it writes never changes afterwards. Each file is kept with a digest of the
-integers that the entropy decoder gives and with the picture that it decoded to.
+integers that the entropy decoder gives and with the picture or sound that it decoded to.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from sklearn.datasets import load_sample_image
 import compand
 from compand.coding.ans import AnsReader
 from compand.pictures import Picture
+from compand.sounds import Sound
+from compand.train.instruments import RATE, drum, note
 
 FOLDER = Path(__file__).parent
 
@@ -59,18 +61,39 @@ def pictures() -> dict[str, tuple[Picture, float]]:
     }
 
 
+def sounds() -> dict[str, tuple[Sound, float]]:
+    """Sounds and qualities: stereo at both ends, mono and three channels at other rates, silence, one sample."""
+    generator = np.random.default_rng(0)
+    left, right = note(generator)[:RATE], drum(generator)[:RATE]
+    stereo = (0.5 * np.stack([left + 0.3 * right, 0.4 * left + 0.9 * right])).astype(np.float32)
+    three = np.concatenate([stereo, stereo[:1] * 0.5])[:, : RATE // 4]
+    return {
+        "music-low": (Sound(stereo, RATE), 1),
+        "music-middle": (Sound(stereo[:, : RATE // 2], RATE), 4.53125),
+        "music-high": (Sound(stereo[:, : RATE // 4], RATE), 8),
+        "mono-8k": (Sound(stereo[:1, :4001], 8000), 5),
+        "three-48k": (Sound(three, 48000), 3),
+        "silence": (Sound(np.zeros((2, 3000), np.float32), RATE), 4),
+        "sample": (Sound(np.full((1, 1), 0.25, np.float32), RATE), 6.5),
+    }
+
+
 def main(release: str) -> None:
     folder = FOLDER / release
     folder.mkdir()
     codec = compand.load(release, device="cpu")
     digests = {}
-    for name, (picture, quality) in pictures().items():
-        data = codec.encode(picture, quality=quality)
+    sources: dict[str, tuple[Any, float]] = pictures() if codec.medium == "image" else sounds()
+    for name, (source, quality) in sources.items():
+        data = codec.encode(source, quality=quality)
         (folder / f"{name}.cpd").write_bytes(data)
         with symbol_digest() as digest:
             decoded = codec.decode(data)
         digests[name] = digest.hexdigest()
-        decoded.save(folder / f"{name}.png")
+        if codec.medium == "image":
+            decoded.save(folder / f"{name}.png")
+        else:
+            decoded.save(folder / f"{name}.flac", subtype="PCM_24")
     (folder / "symbols.json").write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 

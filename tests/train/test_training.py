@@ -25,6 +25,7 @@ from compand.train import cli, export
 from compand.train.images import CropDataset, ImageFolder, find_images, read_rgb
 from compand.train.optim import NEWTON_SCHULZ, MuonAdam, orthogonalise
 from compand.train.rate_distortion import RateDistortion
+from compand.train.sounds import SoundFolder
 from compand.train.tasks import TaskTraining
 
 CONFIGS = Path(__file__).parents[2] / "train" / "configs"
@@ -179,13 +180,17 @@ def test_every_config_builds_its_parts(tmp_path, photographs, monkeypatch, capsy
     from lightning.pytorch.cli import LightningCLI
 
     for path in sorted(CONFIGS.glob("*.yaml")):
+        sounds = "SoundFolder" in path.read_text()
+        data = "--data.batch_size=2" if sounds else f"--data.root={photographs}"
         instance = LightningCLI(
-            args=["--config", str(path), f"--data.root={photographs}", "--trainer.accelerator=cpu",
+            args=["--config", str(path), data, "--trainer.accelerator=cpu",
                   "--trainer.precision=32", "--trainer.logger=false"],
             run=False, subclass_mode_model=True, subclass_mode_data=True, save_config_callback=None,
         )  # fmt: skip
         pair = type(instance.model), type(instance.datamodule)
-        assert pair == (RateDistortion, ImageFolder) or issubclass(pair[0], TaskTraining)
+        assert pair == (RateDistortion, SoundFolder if sounds else ImageFolder) or issubclass(
+            pair[0], TaskTraining
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ the loss
