@@ -289,7 +289,7 @@ def test_the_estimate_is_what_the_file_weighs(codec, level):
     estimate = codec.estimate(sound, level / 32) / 8
     payload = sum(map(len, container.read(data).chunks))
     assert payload - estimate <= 0.01 * estimate + 16
-    # What is coded first may cost less than it says: the coder begins at zero, where the first symbol of a table is free.
+    # What is coded first may cost less: the coder begins at zero, where the first symbol of a table is free.
     assert estimate - payload <= 0.02 * estimate + 16
     assert len(data) - payload <= 50
 

@@ -381,7 +381,7 @@ def test_frozen_and_trainable_bits_agree(name, scenery):
         (output.bits.mean() / 15360 + output.losses["auxiliary"]).backward()
         optimizer.step()
     # Where most symbols are 0, noise in place of rounding costs more bits a symbol than rounding does.
-    for level, tolerance in ((32, 0.2), (96, 0.12), (160, 0.08), (256, 0.02)):
+    for level, tolerance in ((32, 0.2), (96, 0.15), (160, 0.08), (256, 0.02)):
         quality = torch.tensor([level])
         with torch.no_grad():
             floating = bottleneck.train()(latents[level], quality)

@@ -1,4 +1,4 @@
-"""Files of every release decode for ever: their symbols exactly, their pictures and sounds up to floating-point rounding."""
+"""Files of every release decode for ever: symbols exactly, pictures and sounds up to floating-point rounding."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Compares training runs on held-out data: ablations, sweeps.
 
 Each run of `compand train` is taken in its trainable state, with averaged weights where the run kept them: rates are
-what its densities estimate for rounded latents, distortion is PSNR (peak 255 for pictures, rounded to 8 bits; peak 1 for
-sounds). Means over the items of a level make the curve; the BD-rate is taken against the first run named.
+what its densities estimate for rounded latents, distortion is PSNR (peak 255 for pictures, rounded to 8 bits; peak 1
+for sounds). Means over the items of a level make the curve; the BD-rate is taken against the first run named.
 """
 
 from __future__ import annotations
