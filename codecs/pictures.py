@@ -148,7 +148,12 @@ class Picture:
         if _is_numpy(path_or_stream, format):
             if self.alpha is not None:
                 raise MediaError(f"{name}: .npy holds bands, not transparency: save as .png instead")
-            np.save(path_or_stream, self.pixels, allow_pickle=False)
+            if isinstance(path_or_stream, (str, os.PathLike)):
+                # numpy would add an extension of its own to a path that lacks it.
+                with open(path_or_stream, "wb") as stream:
+                    np.save(stream, self.pixels, allow_pickle=False)
+            else:
+                np.save(path_or_stream, self.pixels, allow_pickle=False)
             return
         pil_format = _writable_format(path_or_stream, format, name)
         if self.alpha is not None and pil_format not in _ALPHA_FORMATS:
@@ -684,21 +689,24 @@ def _read_bands(stream: BinaryIO, name: str, max_pixels: int) -> Picture:
     """A uint8 array [H, W] or [H, W, C] in numpy's format."""
     try:
         version = numpy_format.read_magic(stream)
-        read_header = (
-            numpy_format.read_array_header_1_0 if version == (1, 0) else numpy_format.read_array_header_2_0
-        )
+        first = version == (1, 0)
+        read_header = numpy_format.read_array_header_1_0 if first else numpy_format.read_array_header_2_0
         shape, fortran, kind = read_header(stream)
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # a forged header raises many types, from numpy's parser and from Python's
         raise MediaError(f"{name} is not a readable array ({_fact(error)}): save it again") from error
     size = (*shape, 1) if len(shape) == 2 else shape
-    if kind != np.uint8 or fortran or len(size) != 3 or not 1 <= size[2] <= MAX_BANDS:
-        raise MediaError(f"{name} is {kind} {list(shape)}: give bands as uint8 [H, W, C], in C order")
-    if not 0 < size[0] * size[1] <= max_pixels:
-        raise MediaError(f"{name} has {size[1]}x{size[0]} pixels: give 1 to {max_pixels}")
-    content = stream.read()
-    if len(content) != math.prod(size):
-        raise MediaError(f"{name} has {len(content)} of {math.prod(size)} bytes: copy it again")
-    return Picture(np.frombuffer(content, np.uint8).reshape(size).copy(), None, None)
+    whole = all(type(edge) is int and edge > 0 for edge in size)
+    if kind != np.uint8 or not whole or len(size) != 3 or size[2] > MAX_BANDS:
+        raise MediaError(f"{name} is {kind} {list(shape)}: give bands as uint8 [H, W, C]")
+    if size[0] * size[1] > max_pixels:
+        raise MediaError(f"{name} has {size[1]}x{size[0]} pixels, over the limit of {max_pixels}: cut it up")
+    count = math.prod(size)
+    content = stream.read(count + 1)
+    if len(content) != count:
+        found = f"{len(content)} of" if len(content) < count else "more than"
+        raise MediaError(f"{name} has {found} {count} bytes of bands: copy it again")
+    pixels = np.frombuffer(content, np.uint8).reshape(size, order="F" if fortran else "C")
+    return Picture(np.array(pixels, order="C"), None, None)
 
 
 def _writable_format(target: str | Path | BinaryIO, wanted: str | None, name: str) -> str:

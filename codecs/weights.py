@@ -193,6 +193,7 @@ def build(info: CheckpointInfo, device: str, *, reduced: bool | None = None) -> 
         problem = " ".join(str(error).split())
         raise CheckpointError(f"{info.path}/config.json does not describe a codec ({problem})") from None
     floats = _floats(tensors)
+    codec.float()  # whatever torch's default dtype is
     try:
         codec.load_state_dict(floats, strict=True)
     except RuntimeError as error:

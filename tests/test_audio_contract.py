@@ -379,6 +379,25 @@ def test_forged_payloads_end_in_an_error_or_a_sound(codec, short_segments, data)
 # ------------------------------------------------------------------------------------------------- portability
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_torchs_default_dtype_decides_nothing(codec, checkpoint_of, dtype):
+    """Processes that serve language models often set it to half precision."""
+    sound = sound_of(codec, 2, 9000)
+    data = codec.encode(sound, quality=5)
+    expected = codec.latents(data)
+    torch.set_default_dtype(dtype)
+    try:
+        loaded = compand.load(checkpoint_of(codec.name), device="cpu")
+        for each in (codec, loaded):
+            assert torch.equal(each.latents(data), expected)
+        other = loaded.encode(sound, quality=5)
+        samples = loaded.decode(other).samples
+    finally:
+        torch.set_default_dtype(torch.float32)
+    codec.check(other)
+    assert samples.dtype == np.float32 and np.abs(codec.decode(other).samples - samples).max() < 0.05
+
+
 def test_symbols_do_not_depend_on_threads_layout_or_library(codec):
     level = 147
     y = torch.cat([codec.analyse(music(2, 9000, seed), level) for seed in range(3)])

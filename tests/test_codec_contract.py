@@ -581,6 +581,24 @@ def test_symbols_do_not_depend_on_threads_layout_or_library(codec, scenery):
         codec.bottleneck.to(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_torchs_default_dtype_decides_nothing(codec, checkpoint_of, scenery, dtype):
+    """Processes that serve language models often set it to half precision."""
+    data = codec.encode(scenery[:70, :90], quality=5)
+    expected = codec.latents(data)
+    torch.set_default_dtype(dtype)
+    try:
+        loaded = compand.load(checkpoint_of(codec.name), device="cpu")
+        for each in (codec, loaded):
+            assert torch.equal(each.latents(data), expected)
+        other = loaded.encode(scenery[:70, :90], quality=5)
+        pixels = loaded.decode(other).pixels
+    finally:
+        torch.set_default_dtype(torch.float32)
+    codec.check(other)
+    assert np.abs(codec.decode(other).pixels.astype(int) - pixels).mean() < 1
+
+
 def test_files_of_one_precision_decode_in_another(codec, checkpoint_of, scenery):
     from compand.checkpoint import read_info
     from compand.weights import build

@@ -961,3 +961,42 @@ def test_forged_alpha_size_allocates_nothing() -> None:
     payload = png(2**31 - 1, 2**31 - 1, 8, 0, b"\0", {}).getvalue()
     with pytest.raises(BitstreamError, match="2147483647x2147483647"):
         decode_alpha(payload, 8, 8)
+
+
+# -------------------------------------------------------------------------------------------------------- bands
+
+
+def npy(header: str) -> io.BytesIO:
+    """A .npy file of this header, followed by 2400 bytes."""
+    text = header.encode().ljust(118) + b"\n"
+    return io.BytesIO(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(2400))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    ["(-40, -20, 3)", "(True, True, True)", "(40, 20)", "(40, 20, 3, 1)", "(0, 20, 3)", "(40, 20, 300)", "(40, 60, 3)",
+     "(99999999, 99999999, 3)", "(" * 90, "-" * 90 + "1", "40"],
+)  # fmt: skip
+def test_forged_arrays_are_refused(shape: str) -> None:
+    stream = npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}")
+    with pytest.raises(MediaError) as error:
+        read_picture(stream)
+    assert_one_line(error)
+
+
+@pytest.mark.parametrize("descr", ["'|O'", "'<f4'", "()", "'<u2'"])
+def test_arrays_of_other_types_are_refused(descr: str) -> None:
+    with pytest.raises(MediaError) as error:
+        read_picture(npy(f"{{'descr': {descr}, 'fortran_order': False, 'shape': (40, 20, 3)}}"))
+    assert_one_line(error)
+
+
+def test_bands_are_saved_under_the_name_given_and_read_in_either_order(tmp_path: Path) -> None:
+    bands = np.arange(40 * 20 * 3, dtype=np.uint8).reshape(40, 20, 3)
+    picture = Picture(bands, None, None)
+    for name, kind in (("a.npy", None), ("B.NPY", None), ("c.dat", "npy")):
+        picture.save(tmp_path / name, kind)
+        assert np.array_equal(read_picture(tmp_path / name).pixels, bands)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["B.NPY", "a.npy", "c.dat"]
+    np.save(tmp_path / "fortran.npy", np.asfortranarray(bands))
+    assert np.array_equal(read_picture(tmp_path / "fortran.npy").pixels, bands)

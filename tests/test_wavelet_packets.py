@@ -173,6 +173,28 @@ def test_engines_agree(wavelet, mode, levels, rows, columns, dimensions):
     )
 
 
+@given(
+    st.sampled_from(LIFTED),
+    st.sampled_from(["reflect", "periodization"]),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.sampled_from([1, 2]),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_matrix_absorbs_order_scales_and_level(wavelet, mode, levels, rows, columns, dimensions):
+    packets = WaveletPackets(dimensions, levels, wavelet, mode)
+    h, w = rows * (packets.stride if dimensions == 2 else 1), columns * packets.stride
+    samples = torch.randint(0, 256, (2, 2, h, w), dtype=torch.uint8)
+    weight = signals(5, 2 * packets.bands)
+    assert packets.lifts(samples)
+    bands = packets.unscaled(samples.double(), 100.0)
+    assert bands.shape == (2, 2 * packets.bands, rows, columns)
+    expected = weight @ packets.analysis(samples.double() - 100).flatten(2)
+    torch.testing.assert_close(packets.absorbed(weight) @ bands.flatten(2), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(packets.unscaled(samples, 100.0), bands.float(), atol=1e-2, rtol=1e-5)
+
+
 # ----------------------------------------------------------------------------------------------------- reflect
 
 

@@ -47,8 +47,9 @@ def scale_indexes(log2_scales: Tensor) -> Tensor:
     """
     first = round(MIN_LOG2_SCALE * (1 << FRACTION_BITS)) - SCALE_STEP // 2
     # Integer division is slow. Half a unit on, floats hold the sums exactly wherever they do not leave the tables, and
-    # no quotient is within 1/400 of an integer, of which floats err far less.
-    quotient = (log2_scales + (0.5 - first)).mul_(1 / SCALE_STEP)
+    # no quotient is within 1/400 of an integer, of which floats err far less. Their dtype is named, for sums of integers
+    # and Python numbers take torch's default one, which a process may have set to half precision.
+    quotient = log2_scales.to(torch.float32).add_(0.5 - first).mul_(1 / SCALE_STEP)
     return quotient.clamp_(0, SCALES - 0.5).to(torch.uint8)
 
 
@@ -247,7 +248,7 @@ class HyperpriorBottleneck(Bottleneck):
         hyper = z.to(device).long() * multiplier[:, None, None]
         means, log2_scales = self._split(self.prior(hyper)[..., : shape[0], : shape[1]])
         indexes = scale_indexes(log2_scales + shift[:, None, None].int().to(device))
-        return means * (1 / (1 << FRACTION_BITS)), indexes
+        return means.to(torch.float32) * (1 / (1 << FRACTION_BITS)), indexes
 
     def _split(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Output of h_s -> mu (without means, zeros of one element) and log2 sigma."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ def low_band_basis(channels: int, latent_channels: int, dimensions: int, levels:
         surplus = max(counts[axis] - bands, 0)
         counts[axis] -= surplus
         counts[axis + 1] += surplus
-    basis = torch.zeros(latent_channels, channels, bands)
+    basis = torch.zeros(latent_channels, channels, bands, dtype=torch.float32)
     row = 0
     for axis, count in zip(colour_axes(channels), counts, strict=True):
         basis[torch.arange(row, row + count), :, order[:count]] = axis.float()
@@ -211,7 +211,8 @@ class WaveletTransform(Transform):
         self.analysis_depth, self.synthesis_depth, self.odd = analysis_depth, synthesis_depth, odd
 
     def analysis(self, x: Tensor, quality: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and self.packets.lifts(x):
+        exact = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+        if exact and self.packets.lifts(x):
             return self._analysis_lifted(x, quality)
         if x.dtype == torch.uint8:
             x = x.float() / 255
@@ -230,7 +231,7 @@ class WaveletTransform(Transform):
         linear = self.packets.absorbed(self.analysis_linear.weight.flatten(1) / unit)
         y = torch.stack([linear @ item for item in bands.flatten(2)])
         if self.analysis_depth:
-            into, out = self.analysis_in, self.analysis_out
+            into, out = cast(nn.Conv2d, self.analysis_in), cast(nn.Conv2d, self.analysis_out)
             weight = self.packets.absorbed(into.weight.flatten(1).float() / unit).to(into.weight.dtype)
 
             def network(weight: Tensor) -> Tensor:

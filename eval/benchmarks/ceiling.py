@@ -62,7 +62,7 @@ class Projection(NamedTuple):
     mean: Tensor  # float64 [coefficients, 1]
     basis: Tensor  # float64 [kept, coefficients], orthonormal rows
 
-    def __call__(self, pixels: Pixels) -> Pixels:
+    def restored(self, pixels: Pixels) -> Pixels:
         """The picture after the projection and its transpose."""
         x = padded(pixels, self.folding.stride)
         w = self.folding.analysis(x).double()
@@ -194,7 +194,9 @@ def measure(codec: ImageCodec, pictures: Sequence[Path], training: Sequence[Path
     def mean_psnr(transform: Callable[[Pixels], Pixels]) -> float:
         return fmean(psnr(pixels, transform(pixels)) for pixels in map(read_rgb, pictures))
 
-    ceilings = {name: mean_psnr(projection) for name, projection in projections(codec, training).items()}
+    ceilings = {
+        name: mean_psnr(projection.restored) for name, projection in projections(codec, training).items()
+    }
     ceilings["learned, as they are"] = mean_psnr(lambda pixels: learned(codec, pixels, bottleneck=False))
     ceilings["learned, not rounded"] = mean_psnr(lambda pixels: learned(codec, pixels, bottleneck=True))
     return Outcome(codec.transform.latent_channels, ceilings, list(file_points(codec, pictures)))

@@ -37,6 +37,7 @@ from compand.errors import MediaError, UsageError
 from compand.eval import metrics
 from compand.eval.anchors.audio import ANCHORS
 from compand.eval.benchmarks import program
+from compand.eval.benchmarks.ceiling import not_rounded
 from compand.eval.provenance import markdown_table, provenance, write_results
 from compand.eval.subjects import Subject
 from compand.sounds import Sound, read_sound, resample
@@ -94,7 +95,8 @@ class Verdict(NamedTuple):
     @property
     def place(self) -> str:
         """Item and rate in words."""
-        return f"{self.ours.item} at {self.ours.target:g} kbps"
+        rate = f"{self.ours.target:g} kbps" if self.reached else f"{self.ours.kbps:.1f} kbps"
+        return f"{self.ours.item} at {rate}"
 
     @property
     def gain(self) -> float:
@@ -184,11 +186,11 @@ def score(original: Sound, decoded: Sound) -> dict[str, float]:
 
 @torch.inference_mode()
 def unquantised(codec: AudioCodec, sound: Sound) -> float:
-    """SDR in dB at the highest level with latents neither companded nor rounded: what more bytes cannot surpass."""
+    """SDR in dB of a stereo sound at the highest level, with all of the codec but the rounding of its latents."""
     level = codec.levels * QUALITY_STEPS
-    y = codec.analyse(sound.samples, level)
-    x_hat = codec.transform.synthesis(y, torch.full((len(y),), level, device=codec.device))
-    samples = x_hat[0, :, 0, : sound.length].float().cpu().numpy()
+    y_hat = not_rounded(codec.bottleneck, codec.analyse(sound.samples, level), level)
+    x_hat = codec.transform.synthesis(y_hat, torch.tensor([level]))
+    samples = x_hat[0, :, 0, : sound.length].float().numpy()
     return metrics.measure("sdr", sound, Sound(samples.clip(-1, 1), sound.rate))
 
 
@@ -245,11 +247,14 @@ def conclusion(judged: Sequence[Verdict]) -> str:
         f"- Opus is better in PSNR and SDR: {places(behind, gain)}",
     ]
     if short:
-        ends = places(short, lambda each: f"{each.ours.kbps:.1f} kbps")
-        lines.append(f"- The target is missed because its largest file is far smaller: {ends}")
+        ends = places(short, lambda each: f"for {each.ours.target:g} kbps")
+        lines.append(f"- The target is missed because the largest file of all is far smaller: {ends}")
     for who, words in (("Opus", "Opus sounds better"), ("ours", "Ours sounds better"), ("neither", "Level")):
         chosen = [each for each in judged if each.sounds_better == who]
-        lines.append(f"- {words} by ViSQOL: {places(chosen, heard)}")
+        if chosen or who == "ours":
+            lines.append(f"- {words} by ViSQOL: {places(chosen, heard)}")
+    nearer = sum(each.opus.scores["log_mel"] < each.ours.scores["log_mel"] for each in judged)
+    lines.append(f"- Opus is nearer by the log-mel distance: {nearer} of {len(judged)}.")
     return "\n".join(lines)
 
 
@@ -332,8 +337,9 @@ def render(
                 for ours, opus in (each,)
             ],
         ),
-        "## Without a bound on the rate",
-        "SDR in dB at the highest level where nothing is quantised: the network and the number of its channels alone.",
+        "## Ceiling of the networks",
+        "SDR in dB at the highest level where latents are not rounded: about what the network, with its number of "
+        "channels, can make of any number of bytes.",
         markdown_table(
             ["checkpoint", *items],
             [[name, *(f"{limit[item]:.2f}" for item in items)] for name, limit in limits.items()],

@@ -15,6 +15,7 @@ from statistics import fmean
 import torch
 
 from compand.codec import QUALITY_STEPS
+from compand.errors import UsageError
 from compand.eval.bdrate import Curve, bd_rate
 from compand.eval.benchmarks import program
 from compand.eval.provenance import markdown_table, provenance, write_results
@@ -58,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, help="checkpoint of the training run (.ckpt)")
     arguments = program.parse(parser, argv)
     trained, facts = load_run(arguments.run)
+    if not isinstance(trained, ImageCodec):
+        raise UsageError(f"{arguments.run} is a run of a codec for sounds: give one for images")
     in_channels_last(trained.eval())
     curves = {"floating point": curve(trained, arguments.data)}
     trained.bottleneck.freeze()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compand.audio_codec import AudioCodec
 from compand.codec import QUALITY_STEPS, Codec
 from compand.errors import MediaError, UsageError
 from compand.eval.bdrate import Curve, bd_quality, bd_rate
@@ -25,6 +26,7 @@ from compand.eval.provenance import markdown_table, provenance, write_results
 from compand.pictures import is_image_path, read_picture
 from compand.sounds import is_sound_path, read_sound, resample
 from compand.train.export import load_run
+from compand.train.rate_distortion import rate_unit
 from compand.weights import choose_device, in_channels_last
 
 SECONDS = 20
@@ -33,7 +35,7 @@ SECONDS = 20
 
 def read_samples(path: Path, codec: Codec) -> Tensor:
     """A held-out item as the codec's transform takes it, [1, channels, h, w]. Mono becomes equal channels."""
-    if is_image_path(path):
+    if not isinstance(codec, AudioCodec):
         x = torch.from_numpy(read_picture(path, strip=True).pixels).permute(2, 0, 1)[None].float() / 255
         channels = 3
     else:
@@ -94,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError(f"run {name} codes {codec.medium}: give a folder of that alone")
         in_channels_last(codec.eval().requires_grad_(False).to(device))
         curves[name] = curve(codec, [read_samples(p, codec) for p in paths])
-        unit, factor = ("kbps", codec.rate / 1000) if codec.medium == "audio" and codec.rate else ("bpp", 1.0)
+        unit, factor = rate_unit(codec)
     reference = next(iter(curves.values()))
     rows = []
     for name, each in curves.items():

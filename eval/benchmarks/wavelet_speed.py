@@ -330,7 +330,7 @@ def measure_decoding(
     for coded in firsts.values():
         transform = coded.codec.transform
         torch.manual_seed(0)
-        decoder = WideDecoder(
+        decoder: Any = WideDecoder(
             transform.latent_channels, coded.codec.channels * transform.packets.bands, width
         )
         decoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)

@@ -100,7 +100,7 @@ def test_verdicts(sdr, visqol, kbps, outcome, better):
 def test_results_hold_every_file_against_opus(checkpoint_of, data, tmp_path, monkeypatch, capsys):
     measure = music.metrics.measure  # ViSQOL takes seconds
     monkeypatch.setattr(music, "SETTINGS", 32)
-    monkeypatch.setattr(music, "METRICS", ("psnr", "sdr", "visqol"))
+    monkeypatch.setattr(music, "METRICS", ("psnr", "sdr", "log_mel", "visqol"))
     monkeypatch.setattr(
         music.metrics, "measure", lambda name, x, y: 3.0 if name == "visqol" else measure(name, x, y)
     )
