@@ -549,7 +549,7 @@ def info(paths: Files, recursive: Recursive = False, as_json: Json = False) -> N
 def _describe(name: str, data: bytes, content: Container) -> dict[str, Any]:
     from compand.checkpoint import for_header
     from compand.coding.container import ExtraKind, ImageGeometry
-    from compand.registry import QUALITY_STEPS
+    from compand.registry import QUALITY_STEPS, entries
 
     header = content.header
     latent = None
@@ -557,7 +557,9 @@ def _describe(name: str, data: bytes, content: Container) -> dict[str, Any]:
         checkpoint = for_header(header)
         codec, release, latent = checkpoint.codec, checkpoint.name, checkpoint.latent
     except CheckpointError:
-        codec, release = header.codec_name or f"codec {header.codec_id}", None
+        named = {entry.codec_id: entry.name for entry in entries() if entry.codec_id}
+        codec = header.codec_name or named.get(header.codec_id, f"codec {header.codec_id}")
+        release = None
     record: dict[str, Any] = {"file": name, "codec": codec, "checkpoint": release, "bytes": len(data)}
     shape = header.geometry
     record["quality"] = header.settings[0] / QUALITY_STEPS if header.settings else None
@@ -615,6 +617,10 @@ def _latent_shape(shape: ImageGeometry | AudioGeometry, layout: Mapping[str, Any
     return [*([groups] if groups > 1 else []), channels, -(-coded // stride)]
 
 
+def _missing(record: dict[str, Any]) -> str:
+    return f"no checkpoint with symbols fingerprint {record['symbols']} is installed"
+
+
 def _as_text(record: dict[str, Any]) -> str:
     if record["medium"] == "image":
         color = {1: "gray", 3: "RGB"}.get(record["channels"], f"{record['channels']} bands")
@@ -627,7 +633,7 @@ def _as_text(record: dict[str, Any]) -> str:
         rate = f"{record['kbps']:.2f} kbps" if record["samples"] else "an unknown rate"
         parts, size = "segments", f" of {record['chunk_size']} samples"
     rows = [
-        ("codec", f"{record['codec']}, {record['checkpoint'] or 'no checkpoint for it is installed'}"),
+        ("codec", f"{record['codec']}, {record['checkpoint'] or _missing(record)}"),
         (record["medium"], content),
         ("quality", f"{record['quality']:g}" if record["quality"] is not None else ""),
         ("size", f"{record['bytes']} bytes, {rate}"),
