@@ -45,6 +45,15 @@ MAX_SEGMENT = 1 << 18
 MAX_CHANNELS = 32
 """Most channels of a sound."""
 
+MAX_RATE = (1 << 31) - 1
+"""Highest sample rate in Hz, as that of libsndfile."""
+
+LATENT_BYTES = 16
+"""Most bytes that a chunk needs for a latent, its share of the side information included: twice what escapes take."""
+
+GROUP_BYTES = 1 << 16
+"""Most bytes that a chunk needs for a group beside its latents."""
+
 SLACK_BITS = 64
 """How many bits a stream may be shorter than the sum of its symbols' contents, by the coder's rounding."""
 
@@ -145,6 +154,10 @@ class AudioCodec(Codec):
         if any(target is not None and math.isnan(target) for target in (kbps, psnr)):
             raise UsageError("kbps or psnr is not a number: give one")
         with _SoundSource.of(source, rate or self.rate) as sound:
+            if sound.channels > MAX_CHANNELS:
+                # A fault of this file, where the same number given to `encoder` is one of the call.
+                fact = f"the sound has {sound.channels} channels"
+                raise MediaError(f"{fact}: at most {MAX_CHANNELS} can be coded, split it")
             shift = _shift(sound)
             if kbps is None and psnr is None:
                 level = self.quality_units(4.0 if quality is None else quality)
@@ -368,7 +381,35 @@ class AudioCodec(Codec):
     def _read(self, data: bytes, partial: bool) -> Container:
         content = container.read(data, partial=partial)
         self._check_header(content.header)
+        self._check_lengths(content)
         return content
+
+    def _check_lengths(self, content: Container) -> None:
+        """Raises BitstreamError where a chunk, be it lost, is said to be shorter than its segment can be: damage does
+        not forge lengths, and each would be given out as a segment's worth of silence."""
+        header, final = content.header, len(content.chunks) - 1
+        whole, rest = self._shortest_chunk(header, 0), self._shortest_chunk(header, final)
+        for index, length in enumerate(content.lengths):
+            if length < (whole if index < final else rest):
+                fact = f"{length} bytes cannot hold a segment: the file is damaged, get an intact copy"
+                raise BitstreamError(fact, chunk=index, offset=content.offsets[index])
+
+    def _shortest_chunk(self, header: Header, index: int) -> int:
+        """Bytes below which no chunk is that holds the segment `index` of a file."""
+        known = index + 1 < header.chunk_count() or _geometry(header).samples > 0
+        payload = self._shortest_payload(self._columns(header, index) if known else 1)
+        groups = -(-_geometry(header).channels // self.channels)
+        return 1 + (groups - 1) * LENGTH.size(payload) + groups * payload
+
+    def _shortest_payload(self, columns: int) -> int:
+        """Bytes below which no payload is that holds so many latent positions of a group."""
+        return max(math.ceil((self.bottleneck.least_bits((1, columns)) - SLACK_BITS) / 8), 0)
+
+    def _longest_chunk(self, header: Header) -> int:
+        """Bytes above which no chunk of a file is."""
+        groups = -(-_geometry(header).channels // self.channels)
+        latents = self.transform.latent_channels * (header.chunk_size // self.transform.stride)
+        return groups * (GROUP_BYTES + LATENT_BYTES * latents)
 
     def _check_header(self, header: Header) -> None:
         """Raises CheckpointError or BitstreamError unless this codec may have written the header."""
@@ -383,6 +424,8 @@ class AudioCodec(Codec):
             raise _implausible(f"it does not describe a sound of {info.codec}")
         if geometry.channels > MAX_CHANNELS:
             raise _implausible(f"it announces {geometry.channels} channels, beyond {MAX_CHANNELS}")
+        if geometry.sample_rate > MAX_RATE:
+            raise _implausible(f"it announces {geometry.sample_rate} samples a second, beyond {MAX_RATE}")
         size = header.chunk_size
         if not 0 < size <= MAX_SEGMENT or size % self.transform.stride:
             raise _implausible(f"it asks for segments of {size} samples")
@@ -435,7 +478,7 @@ class AudioCodec(Codec):
             raise BitstreamError("the chunk does not decode: the file is damaged")
         shape = (1, columns)
         shortest = min(map(len, payloads))
-        if 8 * shortest + SLACK_BITS < self.bottleneck.least_bits(shape):
+        if shortest < self._shortest_payload(columns):
             fact = f"{shortest} bytes cannot hold {columns * self.transform.stride} samples"
             raise BitstreamError(f"{fact}: the file is damaged")
         latents = self.bottleneck.decompress(payloads, shape, header.settings[0])
@@ -466,8 +509,8 @@ class AudioEncoder:
         info = codec._frozen_info()
         if not 1 <= channels <= MAX_CHANNELS:
             raise UsageError(f"{channels} channels cannot be coded: give 1 to {MAX_CHANNELS}")
-        if int(rate) != rate or rate < 1:
-            raise UsageError(f"sample rate is {rate}: give a positive integer, in Hz")
+        if not 1 <= rate <= MAX_RATE or int(rate) != rate:
+            raise UsageError(f"sample rate is {rate}: give an integer from 1 to {MAX_RATE}, in Hz")
         self.segment = segment
         self.segments = 0
         self._codec, self._level, self._shift = codec, level, shift
@@ -484,20 +527,27 @@ class AudioEncoder:
                 chunk_size=segment,
             )
         )
-        self._begun = False
+        self._begun = self._finished = False
 
     def push(self, samples: Float32Array) -> bytes:
         """Takes samples, float32 [channels, n]; returns the bytes that are ready, b"" if none are.
 
         Raises:
-            UsageError: another type or number of channels.
+            UsageError: another type or number of channels, or the file is finished.
             MediaError: samples that are not numbers.
         """
+        self._require_unfinished()
         return self._written(self._cutter.push(samples))
 
     def finish(self) -> bytes:
-        """The rest of the file. Raises MediaError if no samples were pushed."""
+        """The rest of the file. Raises MediaError if no samples were pushed, UsageError if it was given already."""
+        self._require_unfinished()
+        self._finished = True
         return self._written(self._cutter.finish()) + self._writer.end(self._cutter.taken)
+
+    def _require_unfinished(self) -> None:
+        if self._finished:
+            raise UsageError("the file is finished: make another encoder")
 
     def _written(self, windows: Iterator[_Window]) -> bytes:
         parts = []
@@ -521,44 +571,47 @@ class AudioDecoder:
     def __init__(self, codec: AudioCodec) -> None:
         self.rate = self.channels = self.latency = 0
         self._codec = codec
-        self._reader = AudioFrameReader()
+        self._reader = AudioFrameReader(accept=self._begin)
         self._header: Header | None = None
         self._player: _Player | None = None
         self._count = 0
-        self._ended = False
+        self._ended = self._finished = False
+        self._error: BitstreamError | None = None
 
     def push(self, data: bytes) -> Float32Array:
         """Takes bytes; returns the samples that are ready, float32 [channels, n] ([0, 0] until the header is read).
 
+        Damage that follows intact segments in the same bytes is raised by the next call.
+
         Raises:
-            BitstreamError: the bytes are damaged.
+            BitstreamError: the bytes are damaged; so does every call after it.
             CheckpointError: the file needs another checkpoint.
+            UsageError: the file is finished.
         """
+        self._require_usable()
         chunks = self._reader.push(data)
-        if self._player is None:
-            if self._reader.header is None:
-                return np.zeros((0, 0), np.float32)
-            self._codec._check_header(self._reader.header)
-            self._header = self._reader.header
-            self._player = _Player(self._codec, self._header)
-            self.rate, self.channels = self._player.rate, self._player.channels
-            self.latency = self._player.latency
-        assert self._header is not None
+        if self._player is None or self._header is None:
+            return np.zeros((0, 0), np.float32)
         ready = [np.zeros((self.channels, 0), np.float32)]
-        for chunk in chunks:
+        for index, chunk in enumerate(chunks):
             try:
                 if self._ended:
                     raise BitstreamError("the chunk follows the last one")
                 segment = self._codec._decompress(chunk, self._header)
             except BitstreamError as error:
-                raise BitstreamError(str(error), chunk=self._count) from None
+                self._error = BitstreamError(str(error), chunk=self._count)
+                if index == 0:
+                    raise self._error from None
+                break
             self._ended = segment.last
             self._count += 1
             ready.append(self._player.add(segment.latents, segment.last, LOUD * segment.loud))
         return np.concatenate(ready, axis=1)
 
     def finish(self) -> Float32Array:
-        """The rest of the samples [channels, n]. Raises BitstreamError if the file is not complete."""
+        """The rest of the samples [channels, n]. Raises BitstreamError if the file is damaged or not complete,
+        UsageError if they were given already."""
+        self._require_usable()
         header = self._reader.finish()
         self._codec._check_header(header)
         if self._player is None or not self._ended:
@@ -566,7 +619,22 @@ class AudioDecoder:
         geometry = _geometry(header)
         if self._player.columns * self._codec.transform.stride != self._codec._grid_length(geometry):
             raise _implausible(f"{geometry.samples} samples do not fill it")
+        self._finished = True
         return self._player.close(geometry.samples)
+
+    def _begin(self, header: Header) -> int:
+        """Takes the header; returns the most bytes of a chunk."""
+        self._codec._check_header(header)
+        self._header, self._player = header, _Player(self._codec, header)
+        self.rate, self.channels = self._player.rate, self._player.channels
+        self.latency = self._player.latency
+        return self._codec._longest_chunk(header)
+
+    def _require_usable(self) -> None:
+        if self._finished:
+            raise UsageError("the file is finished: make another decoder")
+        if self._error is not None:
+            raise self._error
 
 
 class DecodedBlocks(Iterator[Float32Array]):
@@ -596,6 +664,8 @@ class DecodedBlocks(Iterator[Float32Array]):
         samples = _geometry(content.header).samples
         total = len(content.chunks)
         intact = 0
+        if all(chunk is None for chunk in content.chunks):
+            raise self._nothing()
         for index in range(total):
             last = index + 1 == total
             try:
@@ -621,10 +691,13 @@ class DecodedBlocks(Iterator[Float32Array]):
             if progress is not None:
                 progress(index + 1, total)
         if not intact:
-            first = self.damage[0]
-            fact = "no part of the sound is intact: get an intact copy"
-            raise BitstreamError(fact, chunk=first.chunk, offset=first.offset)
+            raise self._nothing()
         yield player.close(samples)
+
+    def _nothing(self) -> BitstreamError:
+        first = self.damage[0]
+        fact = "no part of the sound is intact: get an intact copy"
+        return BitstreamError(fact, chunk=first.chunk, offset=first.offset)
 
 
 # ------------------------------------------------------------------------------------------------ parts of these
@@ -717,11 +790,13 @@ class _Cutter:
             raise MediaError("the sound has samples that are not numbers: export it again")
         beyond = np.flatnonzero(np.abs(samples).max(0, initial=0) > 1)
         if beyond.size:
-            # In Python integers: positions times the ratio's terms may exceed 64 bits.
-            coded = {int(place) * self._ratio.numerator for place in beyond + self.taken}
-            self._loud |= {
-                (place // self._ratio.denominator + self._edge) // self._segment for place in coded
-            }
+            # Counted from where the push begins, in Python integers: positions since the beginning, times the terms of
+            # the ratio, may exceed 64 bits.
+            up, down = self._ratio.numerator, self._ratio.denominator
+            whole, part = divmod(self.taken * up, down)
+            first, place = divmod(whole + self._edge, self._segment)
+            segments = (place + (part + beyond * up) // down) // self._segment
+            self._loud.update(first + segment for segment in np.unique(segments).tolist())
         self.taken += samples.shape[1]
         self._append(samples if self._resampler is None else self._resampler.push(samples))
         while self._tape.stop >= (self._next + 1) * self._segment + self._ahead:
@@ -785,13 +860,18 @@ class _Player:
         self._done = 0  # positions that have been synthesised
         self._coded = -self._edge  # samples that have been synthesised, from the first of the sound
         self._given = 0
+        self._voids: deque[tuple[int, int]] = deque()  # runs [start, stop) of positions that are lost
         self._states: deque[int] = deque()  # of the segments from `_state_of` on
         self._state_of = 0
 
     def add(self, latents: Tensor, last: bool, state: int) -> Float32Array:
         """Takes the latents of the next segment [groups, M, 1, n] and its flag LOUD, 0, or _SILENT."""
         self._held = latents if self._held is None else torch.cat((self._held, latents), dim=3)
-        self.columns += latents.shape[3]
+        begin, self.columns = self.columns, self.columns + latents.shape[3]
+        if state == _SILENT:
+            if self._voids and self._voids[-1][1] == begin:
+                begin = self._voids.pop()[0]
+            self._voids.append((begin, self.columns))
         self._states.append(state)
         if last:
             return np.zeros((self.channels, 0), np.float32)
@@ -810,17 +890,36 @@ class _Player:
 
     def _synthesised(self, stop: int) -> Float32Array:
         """Samples of the sound from where the last call stopped to latent position `stop`, at the codec's rate."""
-        if self._held is None or stop <= self._done:
-            return np.zeros((self.channels, 0), np.float32)
-        first = max(self._done - self._margin, 0)
-        window = self._held[..., first - self._start : stop + self._margin - self._start]
-        x = self._codec._synthesise(window.contiguous(), self._level, self.channels)
-        x = x[:, (self._done - first) * self._stride : (stop - first) * self._stride]
-        self._done = stop
-        self._start, self._held = first, self._held[..., first - self._start :]
-        before = max(-self._coded, 0)
-        self._coded += x.shape[1]
-        return x[:, before:] * self._scale
+        parts = [np.zeros((self.channels, 0), np.float32)]
+        while self._held is not None and self._done < stop:
+            begin, end = self._void(stop)
+            first = max(self._done - self._margin, 0)
+            if begin > self._done:
+                window = self._held[..., first - self._start : begin + self._margin - self._start]
+                x = self._codec._synthesise(window.contiguous(), self._level, self.channels)
+                x = x[:, (self._done - first) * self._stride : (begin - first) * self._stride] * self._scale
+                self._done = begin
+            else:
+                x = np.zeros((self.channels, (end - self._done) * self._stride), np.float32)
+                self._done = end
+            parts.append(x[:, max(-self._coded, 0) :])
+            self._coded += x.shape[1]
+            self._held, self._start = self._held[..., first - self._start :], first
+        return np.concatenate(parts, axis=1)
+
+    def _void(self, stop: int) -> tuple[int, int]:
+        """The next positions, below `stop`, for which synthesis would see nothing but lost ones: silence is given out
+        there without it. (stop, stop) if there are none."""
+        while self._voids:
+            begin, end = self._voids[0]
+            begin += self._margin if begin else 0
+            end -= self._margin if end < self.columns else 0
+            if end > max(begin, self._done):
+                return min(begin, stop), min(end, stop)
+            if self._voids[0][1] == self.columns:
+                break
+            self._voids.popleft()
+        return stop, stop
 
     def _resampled(self, coded: Float32Array) -> Float32Array:
         return coded if self._resampler is None else self._resampler.push(coded)

@@ -18,10 +18,10 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path, PurePath
 from types import FrameType, TracebackType
-from typing import Any, BinaryIO, TextIO, cast
+from typing import Any, BinaryIO, TextIO
+from weakref import WeakKeyDictionary
 
 from compand.errors import CompandError, MediaError, UsageError
 
@@ -47,6 +47,10 @@ REMEDIES = {
 # ---------------------------------------------------------------------------------------------- inputs
 
 
+_openings: WeakKeyDictionary[BinaryIO, bytes] = WeakKeyDictionary()
+"""What `Input.opening` has taken from standard input, until the rest is read."""
+
+
 @dataclass(frozen=True)
 class Input:
     """One thing to read."""
@@ -60,13 +64,20 @@ class Input:
 
     def read(self) -> bytes:
         """All bytes of the input; OSError where it cannot be read."""
-        return sys.stdin.buffer.read() if self.path is None else self.path.read_bytes()
+        if self.path is None:
+            return _openings.pop(sys.stdin.buffer, b"") + sys.stdin.buffer.read()
+        return self.path.read_bytes()
 
     def opening(self, size: int) -> bytes:
-        """Up to `size` bytes from the start, which `read` gives again; none where the input cannot be read."""
+        """The first `size` bytes, fewer where there are no more; `read` and `spooled_stdin` give them again. None where
+        the input cannot be read."""
         try:
             if self.path is None:
-                return cast(BufferedReader, sys.stdin.buffer).peek(size)[:size]
+                # Not peek: what is there at once of a pipe may be less.
+                stream = sys.stdin.buffer
+                held = _openings.get(stream, b"")
+                _openings[stream] = held + stream.read(max(size - len(held), 0))
+                return _openings[stream][:size]
             with open(self.path, "rb") as stream:
                 return stream.read(size)
         except OSError:
@@ -77,6 +88,7 @@ class Input:
 def spooled_stdin() -> Iterator[BinaryIO]:
     """Standard input as a stream that can seek: a copy of it in an unnamed temporary file."""
     with _write_errors(Path("temporary file")), tempfile.TemporaryFile() as spool:
+        spool.write(_openings.pop(sys.stdin.buffer, b""))
         shutil.copyfileobj(sys.stdin.buffer, spool)
         yield spool
 

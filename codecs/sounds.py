@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -165,9 +165,11 @@ class SoundReader:
     def __init__(self, source: str | Path | BinaryIO) -> None:
         self._name = _name_of(source)
         self._opened = isinstance(source, (str, os.PathLike))
-        self._stream = _opened(source, self._name) if self._opened else _seekable(cast(BinaryIO, source))
+        self._stream = _opened(source, self._name) if self._opened else cast(BinaryIO, source)
         try:
-            self._stream.seek(0)
+            with self._faults():
+                self._make_seekable()
+                self._stream.seek(0)
             if not self._stream.read(1):
                 raise MediaError(f"{self._name} is empty (0 bytes): copy it again")
             self._stream.seek(0)
@@ -213,6 +215,17 @@ class SoundReader:
     def _close_stream(self) -> None:
         if self._opened:
             self._stream.close()
+
+    def _make_seekable(self) -> None:
+        """Puts a copy in an unnamed temporary file in the place of a pipe."""
+        if self._stream.seekable():
+            return
+        with ExitStack() as stack:
+            spool = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(self._stream, spool)
+            stack.pop_all()
+        self._close_stream()
+        self._stream, self._opened = cast(BinaryIO, spool), True
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
@@ -337,7 +350,7 @@ class SoundWriter:
     def _faults(self) -> Iterator[None]:
         try:
             yield
-        except (soundfile.SoundFileError, ValueError, TypeError) as error:
+        except (soundfile.SoundFileError, OverflowError, TypeError, ValueError) as error:
             fact = f"{self._container} {self._subtype} cannot hold {self.channels} channels at {self.rate} Hz"
             raise MediaError(f"{self._name}: {fact} ({_fact(error)}): save as .wav") from error
 
@@ -523,10 +536,6 @@ def _opened(path: str | Path | BinaryIO, name: str) -> BinaryIO:
         if os.path.isdir(cast(str, path)):
             raise MediaError(f"{name} is a folder, not a sound: name a file inside it") from error
         raise MediaError(f"{name} cannot be opened ({_fact(error)}): check its permissions") from error
-
-
-def _seekable(stream: BinaryIO) -> BinaryIO:
-    return stream if stream.seekable() else io.BytesIO(stream.read())
 
 
 def as_stored(samples: Float32Array, subtype: str) -> NDArray[Any]:

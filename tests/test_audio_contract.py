@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -279,6 +280,170 @@ def test_a_file_that_was_cut_off_gives_what_it_has(codec, short_segments):
     assert keep > 0 and np.abs(rest.samples[:, :keep] - whole[:, :keep]).max() < 1e-5
 
 
+def test_a_stream_gives_all_that_precedes_the_damage(codec, short_segments):
+    data = codec.encode(sound_of(codec, 2, 60_000), quality=5)
+    broken = bytearray(data)
+    broken[container.read(data).offsets[9] + 3] ^= 1
+    given = []
+    for step in (len(data), 5000, 50):
+        decoder, blocks = codec.decoder(), []
+
+        def push_all(decoder, blocks, step):
+            for start in range(0, len(broken), step):
+                blocks.append(decoder.push(bytes(broken[start : start + step])))
+            decoder.finish()
+
+        with pytest.raises(BitstreamError) as caught:
+            push_all(decoder, blocks, step)
+        assert caught.value.chunk == 9
+        for action in (decoder.finish, lambda decoder=decoder: decoder.push(b"")):
+            with pytest.raises(BitstreamError, match="damaged"):
+                action()
+        given.append(np.concatenate([block for block in blocks if block.size], axis=1))
+    assert all(np.array_equal(samples, given[0]) for samples in given)
+    assert given[0].shape[1] > 7 * SHORT
+
+
+def test_a_stream_gives_what_precedes_a_chunk_that_does_not_decode(codec, short_segments):
+    data = codec.encode(sound_of(codec, 2, 60_000), quality=5)
+    content = container.read(data)
+    broken = container.write(content.header, [*content.chunks[:9], b"\xff" * 50, *content.chunks[10:]])
+    decoder = codec.decoder()
+    assert decoder.push(broken).shape[1] > 7 * SHORT
+    for action in (decoder.finish, lambda: decoder.push(b"")):
+        with pytest.raises(BitstreamError, match="does not decode") as caught:
+            action()
+        assert caught.value.chunk == 9
+
+
+def test_what_is_finished_takes_no_more(codec):
+    encoder, decoder = codec.encoder(rate_of(codec), 2), codec.decoder()
+    data = encoder.push(music(2, 3000)) + encoder.finish()
+    decoder.push(data)
+    decoder.finish()
+    for action in (
+        encoder.finish,
+        lambda: encoder.push(music(2, 3000)),
+        decoder.finish,
+        lambda: decoder.push(data),
+    ):
+        with pytest.raises(UsageError, match="is finished"):
+            action()
+
+
+def test_lost_segments_are_silence_that_costs_no_synthesis(codec, short_segments, monkeypatch):
+    data = codec.encode(sound_of(codec, 2, 60 * SHORT), quality=4)
+    whole, content = codec.decode(data).samples, container.read(data)
+    broken = bytearray(data)
+    first, last = 10, 50
+    for place in content.offsets[first:last]:
+        broken[place] ^= 8
+    stretches, synthesise = [], codec._synthesise
+
+    def counted(latents, *arguments):
+        stretches.append(latents.shape[3] * codec.transform.stride)
+        return synthesise(latents, *arguments)
+
+    monkeypatch.setattr(codec, "_synthesise", counted)
+    rest = codec.decode(bytes(broken), partial=True)
+    assert [fault.chunk for fault in rest.damage] == list(range(first, last))
+    windows = len(content.chunks) - (last - first) + 2 * codec.transform.context // SHORT + 4
+    assert sum(stretches) <= windows * (SHORT + 2 * codec.transform.context)
+    size, context = content.header.chunk_size, codec.transform.context
+    start, stop = first * size - codec.edge, last * size - codec.edge
+    assert rest.samples.shape == whole.shape and not rest.samples[:, start:stop].any()
+    for part in (np.s_[:, : start - context], np.s_[:, stop + context :]):
+        assert rest.samples[part].size and np.abs(whole[part] - rest.samples[part]).max() < 1e-5
+
+
+def test_chunks_that_cannot_hold_a_segment_announce_no_silence(codec):
+    """Half a kilobyte with one intact chunk, whose end announces minutes of lost ones, a byte each."""
+    rate = rate_of(codec)
+    encoder = codec.encoder(rate, 2, segment=audio_codec.MAX_SEGMENT)
+    content = container.read(encoder.push(music(2, 1000)) + encoder.finish())
+    size = content.header.chunk_size
+    assert (
+        codec._shortest_chunk(
+            replace(content.header, geometry=container.AudioGeometry(9 * size, rate, 2, 9)), 0
+        )
+        > 1
+    )
+    for length in (0, 1):
+        writer = container.AudioFrameWriter(content.header)
+        file = (
+            writer.head
+            + writer.frame(content.chunks[0])
+            + b"".join(writer.frame(b"0" * length) for _ in range(599))
+        )
+        file = bytearray(file + writer.end(600 * size - codec.edge * 2))
+        for partial in (True, False):
+            with pytest.raises(BitstreamError, match="cannot hold a segment"):
+                codec.decode_blocks(bytes(file), partial=partial)
+        file[len(writer.head) + 2 + len(content.chunks[0]) + 8] ^= 1
+        with pytest.raises(BitstreamError, match="cannot hold a segment"):
+            codec.decode_blocks(bytes(file), partial=True)
+
+
+def test_a_file_without_an_intact_chunk_gives_no_silence(codec, short_segments):
+    data = codec.encode(sound_of(codec, 2, 20_000))
+    broken = bytearray(data)
+    for place in container.read(data).offsets:
+        broken[place] ^= 8
+    with pytest.raises(BitstreamError, match="no part of the sound"):
+        next(codec.decode_blocks(bytes(broken), partial=True))
+
+
+def test_a_decoder_holds_a_chunk_at_most(codec):
+    encoder = codec.encoder(rate_of(codec), 2)
+    head = encoder.push(np.zeros((2, 0), np.float32))
+    for opening in (b"\0", container.FRAME.pack(container.FRAME.limit - 1)):
+        decoder = codec.decoder()
+        with pytest.raises(BitstreamError):
+            decoder.push(head + opening + b"\1" * 100)
+        assert len(decoder._reader._rest) == 0
+
+
+def test_the_longest_chunk_is_longer_than_any(codec):
+    rate = rate_of(codec)
+    noise = np.random.default_rng(0).choice(np.float32([-1e30, 1e30]), (2, 20_000))
+    for samples, segment in ((noise, 64), (noise, 20_000)):
+        encoder = codec.encoder(rate, 2, quality=codec.levels, segment=segment)
+        content = container.read(encoder.push(samples) + encoder.finish())
+        assert 2 * max(map(len, content.chunks)) < codec._longest_chunk(content.header)
+
+
+def test_rates_beyond_those_of_sound_files_are_refused(codec, short_segments):
+    highest = audio_codec.MAX_RATE
+    samples = music(2, 3000)
+    content = container.read(codec.encode(Sound(samples, highest)))
+    for rate in (0, 44100.5, highest + 1, math.inf, math.nan):
+        with pytest.raises(UsageError, match="sample rate is"):
+            codec.encoder(rate, 2)
+    forged = replace(content.header, geometry=replace(content.header.geometry, sample_rate=highest + 1))
+    with pytest.raises(BitstreamError, match="samples a second"):
+        codec.decode(container.write(forged, content.chunks))
+
+
+@pytest.mark.parametrize("rate", [44_100, 48_000, 44_101])
+def test_loud_samples_are_placed_without_a_set_of_them(codec, monkeypatch, rate):
+    size, channels, length = 64 * codec.transform.stride, 1, 300_000
+    start = 2**54  # where positions times the ratio exceed 64 bits
+    samples = np.full((channels, length), 2, np.float32)
+    cutter = audio_codec._Cutter(codec, rate, channels, size)
+    cutter.taken = start
+    monkeypatch.setattr(cutter, "_append", lambda samples: None)
+    tracemalloc.start()
+    try:
+        assert not list(cutter.push(samples))
+        assert tracemalloc.get_traced_memory()[1] < 12 * samples.nbytes
+    finally:
+        tracemalloc.stop()
+    ratio = resampling_ratio(rate, codec.rate)
+    assert cutter._loud == {
+        (i * ratio.numerator // ratio.denominator + codec.edge) // size for i in range(start, start + length)
+    }
+
+
 # --------------------------------------------------------------------------------------------------- the file
 
 
@@ -371,6 +536,10 @@ def test_forged_payloads_end_in_an_error_or_a_sound(codec, short_segments, data)
     cut = data.draw(st.integers(0, len(payload)))
     forged = [*content.chunks]
     forged[1] = bytes(payload[:cut] if data.draw(st.booleans()) else payload)
+    if len(forged[1]) < codec._shortest_chunk(content.header, 1):
+        with pytest.raises(BitstreamError, match="cannot hold a segment"):
+            codec.decode(container.write(content.header, forged), partial=True)
+        return
     decoded = codec.decode(container.write(content.header, forged), partial=True)
     assert decoded.samples.shape == (2, 9000) and np.isfinite(decoded.samples).all()
     assert all(fault.chunk == 1 and fault.offset is not None for fault in decoded.damage)

@@ -256,6 +256,18 @@ def test_bad_sounds_are_one_line_each(capsys):
     assert not [name for name in names() if name.endswith(".cpd") and name != "good.cpd"]
 
 
+def test_too_many_channels_are_a_fault_of_that_file_alone(capsys):
+    sound("in/good.wav", 3000)
+    soundfile.write("in/many.wav", np.zeros((500, 33), np.float32), RATE)
+    assert run("encode", "in", "-o", "out") == 1
+    assert "many.wav: the sound has 33 channels: at most 32 can be coded" in capsys.readouterr().err
+    assert layout_of_packed() == ["out/good.cpd"]
+
+
+def layout_of_packed() -> list[str]:
+    return [name for name in names() if name.endswith(".cpd")]
+
+
 def test_a_format_that_cannot_hold_the_sound_is_one_line(capsys):
     sound("a.wav", 4000, channels=6)
     assert run("encode", "a.wav") == 0

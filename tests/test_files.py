@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
+import time
 from pathlib import Path, PurePath
 
 import pytest
@@ -76,6 +78,33 @@ def test_standard_input_once(monkeypatch):
     assert found[0].path is None
     with pytest.raises(UsageError, match="twice"):
         files.expand(["-", "-"], png)
+
+
+@pytest.mark.parametrize("spooled", [False, True])
+def test_the_opening_of_standard_input_is_whole_however_slowly_it_comes(monkeypatch, spooled):
+    content = bytes(range(256)) * 300
+    reading, writing = os.pipe()
+
+    def write() -> None:
+        with open(writing, "wb", buffering=0) as pipe:
+            for part in (content[:4], content[4:10], content[10:]):
+                pipe.write(part)
+                time.sleep(0.05)
+
+    thread = threading.Thread(target=write, daemon=True)
+    with open(reading) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        thread.start()
+        item = files.Input(None, PurePath("stdin"))
+        assert [item.opening(size) for size in (12, 3, 20)] == [content[:12], content[:3], content[:20]]
+        if spooled:
+            with files.spooled_stdin() as spool:
+                spool.seek(0)
+                assert spool.read() == content
+        else:
+            assert item.read() == content
+        assert item.read() == b""
+    thread.join()
 
 
 # ------------------------------------------------------------------------------------------ output names

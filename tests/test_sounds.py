@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -244,6 +246,40 @@ def test_streams_get_what_files_get(tmp_path: Path):
         writer.close()
         assert not opened.closed
     assert (tmp_path / "b.wav").read_bytes() == pipe.content
+
+
+def test_a_named_pipe_and_a_stream_that_cannot_seek_are_read(tmp_path: Path):
+    sound = noise(2, 60_000)
+    sound.save(tmp_path / "a.wav")
+    content = (tmp_path / "a.wav").read_bytes()
+
+    class Stream(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+        def seek(self, *_: int) -> int:
+            raise io.UnsupportedOperation
+
+    with SoundReader(Stream(content)) as reader:
+        assert sum(block.shape[1] for block in reader.blocks()) == 60_000
+    if not hasattr(os, "mkfifo"):
+        return
+    os.mkfifo(tmp_path / "p.wav")
+    thread = threading.Thread(target=lambda: (tmp_path / "p.wav").write_bytes(content), daemon=True)
+    thread.start()
+    with SoundReader(tmp_path / "p.wav") as reader:
+        for _ in range(2):
+            assert np.array_equal(
+                np.concatenate(list(reader.blocks()), axis=1), read_sound(tmp_path / "a.wav").samples
+            )
+    thread.join()
+
+
+def test_rates_that_no_format_holds_are_refused(tmp_path: Path):
+    for rate in (2**31, 2**40, 2**70):
+        with pytest.raises(MediaError, match=f"cannot hold 1 channels at {rate} Hz"):
+            SoundWriter(tmp_path / "a.wav", rate, 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_pipe_gets_nothing_of_a_sound_that_failed():

@@ -27,12 +27,12 @@ from __future__ import annotations
 import binascii
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from compand.errors import BitstreamError, UsageError
+from compand.errors import BitstreamError, CompandError, UsageError
 
 MAGIC = b"cpd"
 FORMAT_VERSION = 1
@@ -149,6 +149,7 @@ class Container:
     header_bytes: int  # bytes of the file that are payload of neither a chunk nor an extra
     offsets: list[int]  # where in the file each chunk begins, in bytes
     extra_offsets: list[int]  # and each extra
+    lengths: list[int]  # how many bytes the file says that each chunk has, a damaged one too
 
 
 @dataclass(frozen=True)
@@ -426,6 +427,7 @@ LENGTH = Varint("length", limit=FRAME.limit - 1)
 END_SIZE = Varint("end size")
 END_MARK = b"\0"
 LONGEST_VARINT = 9  # bytes
+MOST_MISSING = 4  # a file whose end announces frames of more than this many times its bytes is refused
 
 
 def _require(condition: bool, message: str) -> None:
@@ -641,7 +643,7 @@ def read(
         return _read_audio(view, partial, limits)
 
     table = _read_table(view, limits)
-    container = Container(table.header, [], [], [], table.header_bytes, [], [])
+    container = Container(table.header, [], [], [], table.header_bytes, [], [], [])
     offset = table.header_bytes
 
     def report(fact: str, chunk: int | None = None) -> None:
@@ -656,6 +658,7 @@ def read(
         if entry.kind is None:
             container.chunks.append(payload if intact else None)
             container.offsets.append(offset)
+            container.lengths.append(entry.length)
         elif intact:
             container.extras.append(Extra(entry.kind, payload))
             container.extra_offsets.append(offset)
@@ -715,7 +718,8 @@ def _read_compact(view: memoryview, limits: Limits) -> Container:
     header = _unflatten(_read_fields(COMPACT, source, {}), source)
     _check_limits(header, limits)
     chunk = bytes(body[source.offset :])
-    return Container(header, [chunk], [], [], source.offset + COMPACT_CRC_BYTES, [source.offset], [])
+    header_bytes = source.offset + COMPACT_CRC_BYTES
+    return Container(header, [chunk], [], [], header_bytes, [source.offset], [], [len(chunk)])
 
 
 def _read_table(view: memoryview, limits: Limits) -> _Table:
@@ -805,15 +809,19 @@ def _with_end(header: Header, samples: int, segments: int, limits: Limits) -> He
     return whole
 
 
-def _read_frame(view: memoryview, offset: int, index: int, seed: int) -> tuple[int, bytes | None] | None:
-    """Where the chunk of a frame begins, and the chunk if it is intact; None where no whole frame can be."""
+def _read_frame(
+    view: memoryview, offset: int, index: int, seed: int, length: int | None = None
+) -> tuple[int, bytes | None] | None:
+    """Where the chunk of a frame begins, and the chunk if it is intact; None where no whole frame can be, or none
+    with a chunk of `length` bytes."""
     source = Source(view, offset)
     try:
         size = FRAME.unpack(source) - 1
         crc = FRAME_CRC.unpack(source)
     except BitstreamError:
         return None
-    if not 0 <= size <= len(view) - source.offset:
+    # Before a byte of the chunk is looked at: frames that claim the rest of the file would make it quadratic work.
+    if not 0 <= size <= len(view) - source.offset or length not in (None, size):
         return None
     chunk = bytes(view[source.offset : source.offset + size])
     return source.offset, chunk if _frame_crc(chunk, index, seed) == crc else None
@@ -821,15 +829,15 @@ def _read_frame(view: memoryview, offset: int, index: int, seed: int) -> tuple[i
 
 def _read_audio(view: memoryview, partial: bool, limits: Limits) -> Container:
     head = _read_head(view)
-    container = Container(head.header, [], [], [], 0, [], [])
+    container = Container(head.header, [], [], [], 0, [], [], [])
     end = _find_end(view, head, limits)
     if end is not None:
         _read_frames(view, head, end, container, partial)
-        samples, sizes = end.samples, end.lengths
+        samples = end.samples
     else:
-        samples, sizes = _follow_frames(view, head, container, partial, limits)
+        samples = _follow_frames(view, head, container, partial, limits)
     container.header = _with_end(head.header, samples, len(container.chunks), limits)
-    container.header_bytes = len(view) - sum(sizes)
+    container.header_bytes = len(view) - sum(container.lengths)
     return container
 
 
@@ -837,37 +845,40 @@ def _read_frames(view: memoryview, head: _Head, end: _End, container: Container,
     """Reads the frames where the end says that they are, counted from the head and, where bytes were lost or
     inserted, from the end."""
     openings = [FRAME.size(1 + length) + FRAME_CRC.size for length in end.lengths]
-    shift = end.offset - head.size - sum(openings) - sum(end.lengths)
+    announced = sum(openings) + sum(end.lengths)
+    if announced > MOST_MISSING * len(view):
+        fact = f"{announced} bytes of chunks are announced and the file has {len(view)}"
+        raise BitstreamError(f"{fact}: get an intact copy", offset=end.offset)
+    shift = end.offset - head.size - announced
     frames = view[: end.offset]
     offset = head.size
     for index, (opening, length) in enumerate(zip(openings, end.lengths, strict=True)):
         # A chunk that is nowhere is looked for, and told of, where it should be.
         place, chunk = min(offset + opening, end.offset), None
-        for start in (offset,) if shift == 0 else (offset, max(offset + shift, 0)):
-            found = _read_frame(frames, start, index, head.seed)
-            if found is not None and found[1] is not None and len(found[1]) == length:
+        for start in (offset, offset + shift) if shift and offset + shift >= head.size else (offset,):
+            found = _read_frame(frames, start, index, head.seed, length)
+            if found is not None and found[1] is not None:
                 place, chunk = found
                 break
         if chunk is None:
             _report(container, partial, "the chunk is damaged", place, index)
         container.chunks.append(chunk)
         container.offsets.append(place)
+        container.lengths.append(length)
         offset += opening + length
     if shift and not container.damage:
         _report(container, partial, f"{abs(shift)} bytes are out of place", end.offset)
 
 
-def _follow_frames(
-    view: memoryview, head: _Head, container: Container, partial: bool, limits: Limits
-) -> tuple[int, list[int]]:
+def _follow_frames(view: memoryview, head: _Head, container: Container, partial: bool, limits: Limits) -> int:
     """Reads the frames of a file that does not end as it should, up to the last intact one.
 
     Returns:
-        The number of samples (0: not known) and the lengths of the chunks.
+        The number of samples (0: not known).
     """
     samples, intact = 0, 0
     stop = offset = head.size  # stop: of the last intact frame
-    lengths: list[int] = []
+    lengths = container.lengths
     faults: list[tuple[int, int]] = []
     while offset < len(view) and len(lengths) < limits.max_chunks:
         if view[offset : offset + len(END_MARK)] == END_MARK:
@@ -897,7 +908,7 @@ def _follow_frames(
     else:
         fact = "the rest is damaged or missing" if stop < len(view) else "the file is cut off"
         _report(container, partial, fact, stop, intact)
-    return samples, lengths
+    return samples
 
 
 def _end_after(
@@ -918,80 +929,130 @@ def _end_after(
 class AudioFrameReader:
     """Reads an audio file as its bytes come: `push` gives the chunks that they complete, `finish` the whole header.
 
+    It holds no more than the bytes of a frame that is not complete yet, or of the end. A fault that follows intact
+    chunks in the same bytes is raised by the next call, so that what a file gives does not depend on how it is cut.
+
+    Args:
+        limits: what to accept.
+        accept: called once with the header; returns the most bytes that a chunk of such a file has. What it raises
+            comes out of `push`. None: a chunk may have 256 MiB.
+
     Attributes:
         header: None until its bytes are there; without the number of samples until `finish`.
 
     Raises:
-        BitstreamError: by `push` and `finish`: not a `.cpd` file of audio, of a newer version, beyond the limits,
-            or damaged (naming chunk and offset).
+        BitstreamError: by `push` and `finish`, and by every call after it: not a `.cpd` file of audio, of a newer
+            version, beyond the limits, or damaged (naming chunk and offset).
     """
 
-    def __init__(self, limits: Limits = Limits()) -> None:
+    def __init__(self, limits: Limits = Limits(), accept: Callable[[Header], int] | None = None) -> None:
         self.header: Header | None = None
         self._limits = limits
+        self._accept = accept
+        self._longest = LENGTH.limit  # bytes of a chunk
         self._head: _Head | None = None
-        self._rest = b""
+        self._rest = bytearray()
         self._offset = 0  # of the rest, in the file
         self._lengths: list[int] = []
+        # Most bytes of the end after the chunks so far.
+        self._end_limit = len(END_MARK) + 2 * LONGEST_VARINT + FRAME_CRC.size
+        self._error: CompandError | None = None
 
     def push(self, data: bytes | bytearray | memoryview) -> list[bytes]:
         """Takes the next bytes of the file; returns the chunks that are complete with them."""
-        self._rest += bytes(_view(data))
-        if self._head is None:
-            if len(self._rest) <= len(MAGIC):
-                return []
-            view = memoryview(self._rest)
-            if _is_compact(view) or not _is_audio(view):
-                raise BitstreamError("the file holds a picture: decode it with an image codec", offset=0)
-            try:
-                self._head = _read_head(view)
-            except _CutOffError:
-                return []
-            self.header = self._head.header
-            self._drop(self._head.size)
-        chunks = []
-        view = memoryview(self._rest)
-        offset = 0
-        while len(view) - offset >= len(END_MARK) + FRAME_CRC.size and view[offset] != END_MARK[0]:
-            source = Source(view, offset)
-            try:
-                size = FRAME.unpack(source) - 1
-                crc = FRAME_CRC.unpack(source)
-            except _CutOffError:
-                break
-            if size > len(view) - source.offset:
-                break
-            chunk = bytes(view[source.offset : source.offset + size])
-            index = len(self._lengths)
-            if _frame_crc(chunk, index, self._head.seed) != crc:
-                raise BitstreamError(
-                    "the chunk is damaged: get an intact copy, or decode the rest with --partial",
-                    chunk=index,
-                    offset=self._offset + source.offset,
-                )
-            if index >= self._limits.max_chunks:
-                raise _beyond("chunks", index + 1, self._limits.max_chunks)
-            self._lengths.append(size)
-            chunks.append(chunk)
-            offset = source.offset + size
-        self._drop(offset)
+        if self._error is not None:
+            raise self._error
+        self._rest += _view(data)
+        chunks: list[bytes] = []
+        try:
+            if self._begun():
+                self._take(chunks)
+        except CompandError as error:
+            self._error = error
+            self._rest.clear()
+            if not chunks:
+                raise
         return chunks
 
     def finish(self) -> Header:
         """The header with the number of samples, once the file has ended."""
+        if self._error is not None:
+            raise self._error
         if self._head is None:
             if len(self._rest) <= len(MAGIC):
                 raise BitstreamError("not a .cpd file", offset=0)
             raise BitstreamError("the header is damaged, it is cut off: get an intact copy", offset=0)
         head = replace(self._head, size=0)
-        end = _find_end(memoryview(self._rest), head, self._limits)
+        end = _find_end(memoryview(bytes(self._rest)), head, self._limits)
         if end is None or end.offset != 0 or end.lengths != self._lengths:
             raise _end_is_missing(self._offset)
         self.header = _with_end(self._head.header, end.samples, len(end.lengths), self._limits)
         return self.header
 
+    def _begun(self) -> bool:
+        """Whether the header is there, which it reads."""
+        if self._head is None:
+            if len(self._rest) <= len(MAGIC):
+                return False
+            with memoryview(self._rest) as view:
+                if _is_compact(view) or not _is_audio(view):
+                    raise BitstreamError("the file holds a picture: decode it with an image codec", offset=0)
+                try:
+                    head = _read_head(view)
+                except _CutOffError:
+                    return False
+            if self._accept is not None:
+                self._longest = self._accept(head.header)
+            self._head, self.header = head, head.header
+            self._drop(head.size)
+        return True
+
+    def _take(self, chunks: list[bytes]) -> None:
+        """Moves the chunks that are complete from the rest to `chunks`, up to the first fault."""
+        offset = 0
+        with memoryview(self._rest) as view:
+            while len(view) - offset >= len(END_MARK) + FRAME_CRC.size and view[offset] != END_MARK[0]:
+                found = self._next(view, offset)
+                if found is None:
+                    break
+                chunk, offset = found
+                self._lengths.append(len(chunk))
+                self._end_limit += LENGTH.size(len(chunk))
+                chunks.append(chunk)
+        self._drop(offset)
+        if self._rest.startswith(END_MARK) and len(self._rest) > self._end_limit:
+            raise _end_is_missing(self._offset)
+
+    def _next(self, view: memoryview, offset: int) -> tuple[bytes, int] | None:
+        """The chunk of the frame at `offset`, and where it ends; None while it is not complete."""
+        assert self._head is not None
+        index = len(self._lengths)
+        source = Source(view, offset)
+        try:
+            size = FRAME.unpack(source) - 1
+            crc = FRAME_CRC.unpack(source)
+            begin = source.offset
+            if len(view) - begin < size <= self._longest:
+                return None
+            # A copy: a view that the error's traceback keeps would lock the buffer.
+            chunk = bytes(view[begin : begin + size]) if size <= self._longest else b""
+            intact = size <= self._longest and _frame_crc(chunk, index, self._head.seed) == crc
+        except _CutOffError:
+            return None
+        except BitstreamError:
+            intact, begin = False, source.offset
+        if not intact:
+            raise BitstreamError(
+                "the chunk is damaged: get an intact copy, or decode the rest with --partial",
+                chunk=index,
+                offset=self._offset + begin,
+            )
+        if index >= self._limits.max_chunks:
+            raise _beyond("chunks", index + 1, self._limits.max_chunks)
+        return chunk, begin + size
+
     def _drop(self, size: int) -> None:
-        self._rest = self._rest[size:]
+        del self._rest[:size]
         self._offset += size
 
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compand.coding import container
 from compand.coding.container import (
     AudioFrameReader,
     AudioFrameWriter,
@@ -497,7 +498,84 @@ class TestAudio:
         with pytest.raises(BitstreamError, match="picture"):
             AudioFrameReader().push(write(PHOTOGRAPH, [b"x"]))
         with pytest.raises(BitstreamError, match="more than the limit"):
-            AudioFrameReader(Limits(max_chunks=2)).push(self.FILE)
+            self.streamed(AudioFrameReader(Limits(max_chunks=2)), self.FILE)
+
+    @pytest.mark.parametrize("step", [1, 7, 1000])
+    def test_a_stream_gives_what_precedes_the_damage(self, step: int) -> None:
+        broken = bytearray(self.FILE)
+        broken[self.CONTENT.offsets[2] + 3] ^= 1
+        reader, chunks = AudioFrameReader(), []
+
+        def push_all() -> None:
+            for start in range(0, len(broken), step):
+                chunks.extend(reader.push(broken[start : start + step]))
+            reader.finish()
+
+        with pytest.raises(BitstreamError, match="chunk is damaged") as caught:
+            push_all()
+        assert chunks == list(SEGMENTS[:2])
+        assert (caught.value.chunk, caught.value.offset) == (2, self.CONTENT.offsets[2])
+        for action in (reader.finish, lambda: reader.push(b"")):
+            with pytest.raises(BitstreamError, match="chunk is damaged"):
+                action()
+
+    def test_a_stream_is_not_held_after_its_end(self) -> None:
+        for tail in (self.FILE[self.END_AT :], b"\0"):
+            reader = AudioFrameReader()
+            reader.push(self.FILE[: self.END_AT] + tail)
+            with pytest.raises(BitstreamError, match="end of the file"):
+                reader.push(bytes(100))
+
+    def test_a_stream_holds_no_more_than_a_chunk_may_have(self) -> None:
+        head = AudioFrameWriter(SOUND).head
+        reader = AudioFrameReader(accept=lambda header: header.chunk_size)
+        with pytest.raises(BitstreamError, match=r"damaged.*chunk 0"):
+            reader.push(head + container.FRAME.pack(2 + SOUND.chunk_size) + b"1234")
+        writer = AudioFrameWriter(SOUND)
+        reader = AudioFrameReader(accept=lambda header: header.chunk_size)
+        assert reader.push(writer.head + writer.frame(bytes(SOUND.chunk_size))) == [bytes(SOUND.chunk_size)]
+
+    def test_a_chunk_that_comes_in_small_pieces_is_not_copied_for_each(self) -> None:
+        writer, chunk = AudioFrameWriter(SOUND), bytes(2**23)
+        file, reader, chunks = writer.head + writer.frame(chunk), AudioFrameReader(), []
+        started = time.process_time()
+        for start in range(0, len(file), 1024):
+            chunks += reader.push(file[start : start + 1024])
+        assert chunks == [chunk] and time.process_time() - started < 1
+
+    def test_frames_that_claim_the_rest_of_the_file_cost_nothing(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Every five bytes of this file begin a frame that reaches to its end, where five bytes are announced."""
+        count, writer = 2000, AudioFrameWriter(SOUND)
+        body = b"".join(
+            (container.FRAME.pack(1 + max(5 * (count - index) - 12, 0)) + b"\x55" * 5)[:5]
+            for index in range(count)
+        )
+        writer._lengths = [0] * count
+        checked = []
+        frame_crc = container._frame_crc
+
+        def counted(chunk: bytes, index: int, seed: int) -> int:
+            checked.append(len(chunk))
+            return frame_crc(chunk, index, seed)
+
+        monkeypatch.setattr(container, "_frame_crc", counted)
+        for lost in (0, 3):  # bytes: with some out of place, every frame is looked for twice
+            file = writer.head + body[lost:] + writer.end(1)
+            assert read(file, partial=True).chunks == [None] * count
+            assert sum(checked) <= 2 * len(file)
+
+    def test_the_end_announces_no_more_than_there_can_have_been(self) -> None:
+        for lengths in ([10_000_000, *map(len, SEGMENTS)], [0] * 1000):
+            writer = AudioFrameWriter(SOUND)
+            frame = writer.frame(SEGMENTS[0])
+            writer._lengths = [len(SEGMENTS[0]), *lengths]
+            with pytest.raises(BitstreamError, match="are announced"):
+                read(writer.head + frame + writer.end(100_000), partial=True)
+        lost = self.FILE[: self.CONTENT.offsets[1]] + self.FILE[self.CONTENT.offsets[2] :]
+        content = read(lost, partial=True)
+        assert content.chunks[0] == SEGMENTS[0] and content.lengths == [len(chunk) for chunk in SEGMENTS]
 
     def test_a_damaged_byte_costs_one_chunk_wherever_it_is(self) -> None:
         for offset in range(len(AudioFrameWriter(SOUND).head), self.END_AT):
