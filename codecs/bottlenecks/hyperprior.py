@@ -47,8 +47,8 @@ def scale_indexes(log2_scales: Tensor) -> Tensor:
     """
     first = round(MIN_LOG2_SCALE * (1 << FRACTION_BITS)) - SCALE_STEP // 2
     # Integer division is slow. Half a unit on, floats hold the sums exactly wherever they do not leave the tables, and
-    # no quotient is within 1/400 of an integer, of which floats err far less. Their dtype is named: sums of integers with
-    # Python numbers take torch's default one, which a process may have set to half precision.
+    # no quotient is within 1/400 of an integer, of which floats err far less. Their dtype is named: sums with Python
+    # numbers take torch's default one, which a process may have set to half precision.
     quotient = log2_scales.to(torch.float32).add_(0.5 - first).mul_(1 / SCALE_STEP)
     return quotient.clamp_(0, SCALES - 0.5).to(torch.uint8)
 
