@@ -431,7 +431,8 @@ def test_forged_chunks_end_in_an_error_or_a_sound(codec, short_segments, data):
             decoded = codec.decode(broken, partial=partial)
             assert decoded.samples.shape == (3, 700) and np.isfinite(decoded.samples).all()
         except BitstreamError as error:
-            assert error.chunk is not None and not partial
+            # A chunk that no segment fits in is no damage that a reader could leave out, but a forged length.
+            assert error.chunk is not None and (not partial or "cannot hold a segment" in str(error))
 
 
 # ----------------------------------------------------------------------------------------------------- the file
