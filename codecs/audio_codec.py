@@ -16,8 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compand import checkpoint
-from compand.codec import QUALITY_STEPS, Bottleneck, Codec, Progress, Transform
+from compand.codec import QUALITY_STEPS, Bottleneck, Codec, Progress, Transform, first_level
 from compand.coding import container
 from compand.coding.container import (
     AudioFrameReader,
@@ -28,7 +27,7 @@ from compand.coding.container import (
     Source,
     Varint,
 )
-from compand.errors import BitstreamError, CheckpointError, CompandError, MediaError, UsageError
+from compand.errors import BitstreamError, CompandError, MediaError, UsageError
 from compand.sounds import Resampler, Sound, SoundReader, resampling_ratio
 
 Float32Array = NDArray[np.float32]
@@ -295,11 +294,7 @@ class AudioCodec(Codec):
             files[level] = data = self._encode(sound, level, shift, progress)
             return rate_of(data) > kbps if kbps is not None else self._psnr(sound, data) >= float(psnr or 0)
 
-        # The first level for which `reaches` holds, `high + 1` if there is none.
-        first, last = low, high + 1
-        while first < last:
-            middle = (first + last) // 2
-            first, last = (first, middle) if reaches(middle) else (middle + 1, last)
+        first = first_level(low, high, reaches)
         wanted = first - 1 if kbps is not None else first
         if low <= wanted <= high:
             return files[wanted]
@@ -371,13 +366,6 @@ class AudioCodec(Codec):
 
     # ------------------------------------------------------------------------------------------------- decoding
 
-    def _frozen_info(self) -> checkpoint.CheckpointInfo:
-        if self.info is None:
-            raise CheckpointError(
-                "this codec was not loaded from a checkpoint: export it and use compand.load"
-            )
-        return self.info
-
     def _read(self, data: bytes, partial: bool) -> Container:
         content = container.read(data, partial=partial)
         self._check_header(content.header)
@@ -413,12 +401,7 @@ class AudioCodec(Codec):
 
     def _check_header(self, header: Header) -> None:
         """Raises CheckpointError or BitstreamError unless this codec may have written the header."""
-        info = self._frozen_info()
-        if not checkpoint.matches(info, header):
-            raise CheckpointError(
-                f"file was written with symbols fingerprint {header.symbols.hex()}, "
-                f"{info.name} has {info.symbols.hex()}: decode it with the checkpoint that it names (compand info)"
-            )
+        info = self._info_for(header)
         geometry = header.geometry
         if not isinstance(geometry, AudioGeometry) or not 1 <= len(header.settings) <= 2:
             raise _implausible(f"it does not describe a sound of {info.codec}")

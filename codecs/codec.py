@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compand import registry
-from compand.checkpoint import CheckpointInfo
-from compand.errors import UsageError
+from compand.checkpoint import CheckpointInfo, matches
+from compand.coding.container import Header
+from compand.errors import CheckpointError, UsageError
 from compand.registry import QUALITY_STEPS as QUALITY_STEPS
 
 T = TypeVar("T")
@@ -168,6 +169,16 @@ def level_table_at(table: Tensor, quality: Tensor) -> Tensor:
     return torch.lerp(table[low], table[(low + 1).clamp(max=table.shape[0] - 1)], fraction)
 
 
+def first_level(low: int, high: int, reaches: Callable[[int], bool]) -> int:
+    """The first quality from `low` to `high`, in 1/32 level, for which `reaches` holds, by bisection; `high` + 1 if
+    there is none."""
+    last = high + 1
+    while low < last:
+        middle = (low + last) // 2
+        low, last = (low, middle) if reaches(middle) else (middle + 1, last)
+    return low
+
+
 def subset(arrays: Mapping[str, T], prefix: str) -> dict[str, T]:
     """The entries whose name starts with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
@@ -236,6 +247,24 @@ class Codec(nn.Module, ABC):
         return {
             name: value for name, value in self.state_dict().items() if not name.startswith(tuple(encoder))
         }
+
+    def _frozen_info(self) -> CheckpointInfo:
+        """The checkpoint this codec was loaded from. Raises CheckpointError if it was not."""
+        if self.info is None:
+            raise CheckpointError(
+                "this codec was not loaded from a checkpoint: export it and use compand.load"
+            )
+        return self.info
+
+    def _info_for(self, header: Header) -> CheckpointInfo:
+        """The checkpoint, if a file of this header was written with its tables. Raises CheckpointError if not."""
+        info = self._frozen_info()
+        if not matches(info, header):
+            raise CheckpointError(
+                f"file was written with symbols fingerprint {header.symbols.hex()}, "
+                f"{info.name} has {info.symbols.hex()}: decode it with the checkpoint that it names (compand info)"
+            )
+        return info
 
     @abstractmethod
     def encode(

@@ -13,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compand import checkpoint
-from compand.codec import QUALITY_STEPS, Bottleneck, Codec, Progress, Transform
+from compand.codec import QUALITY_STEPS, Bottleneck, Codec, Progress, Transform, first_level
 from compand.coding import container
 from compand.coding.container import Container, Extra, ExtraKind, Header, ImageGeometry
-from compand.errors import BitstreamError, CheckpointError, CompandError, UsageError
+from compand.errors import BitstreamError, CompandError, UsageError
 from compand.pictures import Picture, as_picture, decode_alpha, encode_alpha
 from compand.pictures import psnr as psnr_of
 
@@ -126,11 +125,7 @@ class ImageCodec(Codec):
                 return 8 * len(data) / (picture.height * picture.width) > bpp
             return psnr_of(picture.pixels, self.decode(data).pixels) >= float(psnr or 0)
 
-        # The first level for which `reaches` holds, `high + 1` if there is none.
-        first, last = low, high + 1
-        while first < last:
-            middle = (first + last) // 2
-            first, last = (first, middle) if reaches(middle) else (middle + 1, last)
+        first = first_level(low, high, reaches)
         wanted = first - 1 if bpp is not None else first
         if not low <= wanted <= high:
             extreme = files[low] if bpp is not None else files[high]
@@ -272,21 +267,9 @@ class ImageCodec(Codec):
 
     # ------------------------------------------------------------------------------------------------- decoding
 
-    def _frozen_info(self) -> checkpoint.CheckpointInfo:
-        if self.info is None:
-            raise CheckpointError(
-                "this codec was not loaded from a checkpoint: export it and use compand.load"
-            )
-        return self.info
-
     def _read(self, data: bytes, partial: bool) -> tuple[Container, ImageGeometry, list[list[Tile]]]:
         content = container.read(data, partial=partial)
-        header, info = content.header, self._frozen_info()
-        if not checkpoint.matches(info, header):
-            raise CheckpointError(
-                f"file was written with symbols fingerprint {header.symbols.hex()}, "
-                f"{info.name} has {info.symbols.hex()}: decode it with the checkpoint that it names (compand info)"
-            )
+        header, info = content.header, self._info_for(content.header)
         geometry = header.geometry
         if (
             not isinstance(geometry, ImageGeometry)
