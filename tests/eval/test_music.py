@@ -104,7 +104,9 @@ def test_results_hold_every_file_against_opus(checkpoint_of, data, tmp_path, mon
     monkeypatch.setattr(
         music.metrics, "measure", lambda name, x, y: 3.0 if name == "visqol" else measure(name, x, y)
     )
-    monkeypatch.setattr(music.metrics, "for_medium", lambda medium, names: ([], {}))  # it need not be installed
+    monkeypatch.setattr(
+        music.metrics, "for_medium", lambda medium, names: ([], {})
+    )  # it need not be installed
     folder = checkpoint_of("wavelet-audio")
     output = tmp_path / "music.json"
     music.main(["--data", str(data), "--codecs", str(folder), "--kbps", "150", "-o", str(output)])
