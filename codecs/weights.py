@@ -143,10 +143,16 @@ def in_channels_last(codec: Codec) -> None:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-def warm_start(codec: Codec, info: CheckpointInfo) -> None:
+def warm_start(codec: Codec, info: CheckpointInfo, *, prior: bool = True) -> None:
     """Gives a trainable codec the weights of a checkpoint, as far as names and shapes agree.
 
-    The checkpoint may belong to another codec with the same transform. Raises CheckpointError if nothing fits.
+    The checkpoint may belong to another codec with the same transform.
+
+    Args:
+        prior: False leaves the integer prior out, for a codec whose prior has other widths.
+
+    Raises:
+        CheckpointError: nothing fits, or the checkpoint's prior does not.
     """
     tensors = _read(info)
     own = codec.state_dict()
@@ -156,11 +162,13 @@ def warm_start(codec: Codec, info: CheckpointInfo) -> None:
             f"{info.name} has no weights in common with this {codec.name}: check its architecture"
         )
     codec.load_state_dict(shared, strict=False)
-    if info.codec == codec.name:
+    if prior and info.codec == codec.name:
         try:
             codec.bottleneck.thaw(_integers(tensors))
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"prior of {info.name} does not fit this {codec.name} ({error})") from None
+            raise CheckpointError(
+                f"prior of {info.name} does not fit this {codec.name} ({error}): start without it (start_prior: false)"
+            ) from None
 
 
 def build(info: CheckpointInfo, device: str, *, reduced: bool | None = None) -> Codec:

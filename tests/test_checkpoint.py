@@ -361,9 +361,12 @@ def test_a_warm_start_that_does_not_fit(checkpoint_of):
     narrow = registry.by_name("hyperprior").load_class()(
         **dict(info.architecture) | {"hyper_widths": [8, 8, 8]}
     )
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(CheckpointError, match="start_prior: false") as error:
         warm_start(narrow, info)
     one_line(error)
+    warm_start(narrow, info, prior=False)
+    reference = build(info, "cpu", reduced=False).transform.state_dict()
+    assert all(torch.equal(narrow.transform.state_dict()[key], value) for key, value in reference.items())
 
 
 # ------------------------------------------------------------------------------------------------------- devices

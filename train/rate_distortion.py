@@ -56,6 +56,7 @@ class RateDistortion(TimedModule):
         minutes: time limit; the learning rate then decays by steps or by time, whichever is further on, and training
             ends with the schedule.
         start_from: checkpoint (name or folder) whose weights the codec takes over where they fit.
+        start_prior: False takes the rest alone, for a prior of other widths than the checkpoint's.
         train_transform: False keeps the transform and the gains as they are and trains the rest of the bottleneck.
     """
 
@@ -70,13 +71,14 @@ class RateDistortion(TimedModule):
         compile_transform: bool = False,
         minutes: float | None = None,
         start_from: str | None = None,
+        start_prior: bool = True,
         train_transform: bool = True,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.codec = codec
         if start_from is not None:
-            warm_start(codec, find(start_from))
+            warm_start(codec, find(start_from), prior=start_prior)
         if not train_transform:
             codec.transform.requires_grad_(False)
             codec.bottleneck.y_gain.requires_grad_(False)

@@ -89,7 +89,7 @@ def test_the_shipped_configs_hold_out_two_pieces_and_a_third_of_the_samples():
     roots = [MUSIC / "music", MUSIC / "samples"]
     if not all(root.is_dir() for root in roots):
         pytest.skip("the music is not on this machine")
-    for name in ("wavelet-stereo-5x", "wavelet-stereo-20x"):
+    for name in ("wavelet-stereo-2x", "wavelet-stereo-5x", "wavelet-stereo-20x"):
         data = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["data"]["init_args"]
         music, samples = (split(find_sounds(root), data["held_out"], data["every_third"]) for root in roots)
         assert len(music[1]) == 2 and {path.name.split("_")[0] for path in music[1]} == {

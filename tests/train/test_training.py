@@ -104,7 +104,9 @@ def test_an_export_encodes_and_decodes(smoke, photographs, tmp_path, capsys, sce
     final = str(smoke / "final.ckpt")
     arguments = [final, "-o", str(folder), "--data", str(photographs), "--images", "2", "--device=cpu"]
     export.main(arguments)
-    assert "hyperprior-v7" in capsys.readouterr().out and "50 steps" in (folder / "CARD.md").read_text()
+    card = (folder / "CARD.md").read_text()
+    assert "hyperprior-v7" in capsys.readouterr().out and "50 steps" in card
+    assert f"counted on {photographs.name}" in card and "channels" in card and "batch_size" in card
     codec = compand.load(folder, device="cpu")
     data = codec.encode(scenery[:128, :128], quality=6)
     decoded = codec.decode(data)
