@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -188,6 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     arguments = parser.parse_args(argv)
+    if arguments.output is not None:
+        check_new(arguments.output)
     codec, facts = load_run(arguments.run)
     folder = arguments.output or next_version(Path("checkpoints"), codec.name)
     if not arguments.data:
@@ -200,15 +204,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = training_files(codec, root, facts["data"])
         files += found[:: max(math.ceil(len(found) / arguments.files), 1)]
     export(codec, folder, files, arguments.device)
-    write_card(folder, facts)
+    write_card(folder, codec, facts, [path.name for path in arguments.data])
     print(f"{folder}: {codec.name} after {facts['steps']} steps, {facts['minutes']:.1f} minutes")
 
 
-def write_card(folder: Path, facts: dict[str, Any]) -> None:
-    """A CARD.md with what is known; data, licence and measurements are for the author to add."""
+def write_card(folder: Path, codec: Codec, facts: Mapping[str, Any], counted: Sequence[str]) -> None:
+    """A CARD.md with all that the run knows; terms and measurements are for the author to add.
+
+    Args:
+        facts: of `load_run`.
+        counted: names of the folders whose symbols made the tables.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    latent = ", ".join(f"{name} {value}" for name, value in config["latent"].items())
+    low, high = config["qualities"]
+    data = ", ".join(f"{name} {value}" for name, value in facts["data"].items()) or "not recorded"
+    rows = {
+        "codec": f"{codec.name}, {config['parameters']:,} numbers",
+        "qualities": f"{low} to {high}; lambda {codec.lambdas[0]:g} to {codec.lambdas[-1]:g}",
+        "latents": latent,
+        "training": f"{facts['steps']} steps, {facts['minutes']:.1f} minutes",
+        "data": data,
+        "tables": f"symbols counted on {', '.join(counted)}" if counted else "of the trained densities alone",
+        "exported": f"{date.today().isoformat()}, torch {torch.__version__}",
+        "terms": "to be stated by the author: of the weights and of the data",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     (folder / "CARD.md").write_text(
-        f"# {folder.name}\n\n"
-        f"- training: {facts['steps']} steps, {facts['minutes']:.1f} minutes\n"
-        "- data:\n- hardware:\n- command:\n- licence:\n- measured:\n",
+        f"# {folder.name}\n\n| | |\n|---|---|\n{table}\n\n## Measured\n\n"
+        f"Nothing yet: `compand eval rd FOLDER -c {folder}` measures rate and distortion.\n",
         encoding="utf-8",
     )
