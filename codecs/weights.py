@@ -171,6 +171,34 @@ def warm_start(codec: Codec, info: CheckpointInfo, *, prior: bool = True) -> Non
             ) from None
 
 
+def adopt_symbols(codec: Codec, info: CheckpointInfo) -> None:
+    """Gives a trainable codec the integer tables and prior of a checkpoint, instead of freezing its own.
+
+    For a codec of which only the synthesis was trained on: its files then are the checkpoint's files.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another codec, its integers do not fit, or something in the codec
+            that meets them (gains, companding) is not the checkpoint's.
+    """
+    tensors = _read(info)
+    if info.codec != codec.name:
+        raise CheckpointError(
+            f"{info.name} is a {info.codec}, this run trained a {codec.name}: give another checkpoint"
+        )
+    own = codec.state_dict()
+    moved = [
+        name
+        for name, value in _floats(tensors).items()
+        if name.startswith("bottleneck.")
+        and not torch.allclose(own[name].cpu().float(), value, rtol=1e-6, atol=1e-7)
+    ]
+    if moved:
+        raise CheckpointError(
+            f"{moved[0]} is not as in {info.name}: its symbols need a run with train_encoder: false"
+        )
+    codec.bottleneck.load_frozen(_integers(tensors))
+
+
 def build(info: CheckpointInfo, device: str, *, reduced: bool | None = None) -> Codec:
     """The codec of a checkpoint, in evaluation mode and channels-last memory.
 

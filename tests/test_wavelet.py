@@ -251,6 +251,7 @@ def test_released_codecs_are_of_their_dimension():
     expected = {
         "wavelet-rgb-16x": (12, 8, 16), "wavelet-rgb-4x": (48, 8, 4),
         "wavelet-stereo-20x": (27, 256, 512 / 27), "wavelet-stereo-5x": (108, 256, 512 / 108),
+        "wavelet-stereo-2x": (512, 512, 2),
     }  # fmt: skip
     for name, (channels, stride, reduction) in expected.items():
         info = compand.checkpoint.find(name)

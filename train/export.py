@@ -21,13 +21,14 @@ from torch import Tensor
 
 from compand import registry
 from compand.audio_codec import AudioCodec
+from compand.checkpoint import CheckpointInfo, find
 from compand.codec import QUALITY_STEPS, Codec
 from compand.errors import CheckpointError
 from compand.image_codec import TILE, ImageCodec, tile_rows
 from compand.sounds import read_sound, resample
 from compand.train.images import find_images, read_rgb
 from compand.train.sounds import find_sounds, split
-from compand.weights import check_new, choose_device, save
+from compand.weights import adopt_symbols, check_new, choose_device, save
 
 EXCERPT = 2**17
 """Samples of an excerpt of a sound whose symbols are counted."""
@@ -130,7 +131,13 @@ def _add(totals: list[Counter[int]], indexes: NDArray[np.int64], symbols: NDArra
         totals[table][value] += number
 
 
-def export(codec: Codec, folder: Path, files: Sequence[Path], device: str = "auto") -> None:
+def export(
+    codec: Codec,
+    folder: Path,
+    files: Sequence[Path],
+    device: str = "auto",
+    symbols_of: CheckpointInfo | None = None,
+) -> None:
     """Freezes a trained codec and writes its checkpoint.
 
     The tables are made twice: from the trained densities, and again with the symbols that `files` give with those.
@@ -139,9 +146,14 @@ def export(codec: Codec, folder: Path, files: Sequence[Path], device: str = "aut
         codec: trainable codec.
         folder: new folder NAME-vN.
         files: training pictures or sounds; without any, the tables follow the densities alone.
+        symbols_of: checkpoint whose tables and prior are taken over, so that its files get this synthesis.
     """
     check_new(folder)
     codec.eval().to(choose_device(device))
+    if symbols_of is not None:
+        adopt_symbols(codec, symbols_of)
+        save(codec, folder)
+        return
     codec.bottleneck.freeze()
     if files:
         counts = count_symbols(codec, files)
@@ -188,13 +200,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--files", "--images", type=int, default=200, help="how many to use of each folder (default 200)"
     )
+    parser.add_argument(
+        "--symbols-of",
+        metavar="CHECKPOINT",
+        help="keep the tables and the prior of this checkpoint, of which the run trained the synthesis on",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     arguments = parser.parse_args(argv)
     if arguments.output is not None:
         check_new(arguments.output)
     codec, facts = load_run(arguments.run)
     folder = arguments.output or next_version(Path("checkpoints"), codec.name)
-    if not arguments.data:
+    symbols_of = find(arguments.symbols_of) if arguments.symbols_of else None
+    if not arguments.data and symbols_of is None:
         print(
             "compand export: without --data FOLDER the tables follow the densities alone; files get larger",
             file=sys.stderr,
@@ -203,29 +221,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     for root in arguments.data:
         found = training_files(codec, root, facts["data"])
         files += found[:: max(math.ceil(len(found) / arguments.files), 1)]
-    export(codec, folder, files, arguments.device)
-    write_card(folder, codec, facts, [path.name for path in arguments.data])
+    export(codec, folder, files, arguments.device, symbols_of)
+    tables = (
+        f"those of {symbols_of.name}"
+        if symbols_of
+        else f"symbols counted on {', '.join(path.name for path in arguments.data)}"
+        if files
+        else "of the trained densities alone"
+    )
+    write_card(folder, codec, facts, tables)
     print(f"{folder}: {codec.name} after {facts['steps']} steps, {facts['minutes']:.1f} minutes")
 
 
-def write_card(folder: Path, codec: Codec, facts: Mapping[str, Any], counted: Sequence[str]) -> None:
+def write_card(folder: Path, codec: Codec, facts: Mapping[str, Any], tables: str) -> None:
     """A CARD.md with all that the run knows; terms and measurements are for the author to add.
 
     Args:
         facts: of `load_run`.
-        counted: names of the folders whose symbols made the tables.
+        tables: where the integer tables come from.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     latent = ", ".join(f"{name} {value}" for name, value in config["latent"].items())
     low, high = config["qualities"]
-    data = ", ".join(f"{name} {value}" for name, value in facts["data"].items()) or "not recorded"
+    data = ", ".join(f"{k} {v}" for k, v in facts["data"].items() if not k.startswith("_")) or "not recorded"
     rows = {
         "codec": f"{codec.name}, {config['parameters']:,} numbers",
         "qualities": f"{low} to {high}; lambda {codec.lambdas[0]:g} to {codec.lambdas[-1]:g}",
         "latents": latent,
         "training": f"{facts['steps']} steps, {facts['minutes']:.1f} minutes",
         "data": data,
-        "tables": f"symbols counted on {', '.join(counted)}" if counted else "of the trained densities alone",
+        "tables": tables,
         "exported": f"{date.today().isoformat()}, torch {torch.__version__}",
         "terms": "to be stated by the author: of the weights and of the data",
     }

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from compand.audio_codec import AudioCodec
 from compand.checkpoint import find
 from compand.codec import QUALITY_STEPS, Codec, level_table_at
+from compand.errors import UsageError
 from compand.train.optim import MuonAdam
 from compand.train.schedule import TimedModule
 from compand.weights import warm_start
@@ -58,6 +59,11 @@ class RateDistortion(TimedModule):
         start_from: checkpoint (name or folder) whose weights the codec takes over where they fit.
         start_prior: False takes the rest alone, for a prior of other widths than the checkpoint's.
         train_transform: False keeps the transform and the gains as they are and trains the rest of the bottleneck.
+        train_encoder: False trains the synthesis alone: whatever decides the symbols stays as `start_from` has it, so
+            that the export decodes the same files (`compand export --symbols-of`).
+
+    Raises:
+        UsageError: nothing is left to train.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class RateDistortion(TimedModule):
         start_from: str | None = None,
         start_prior: bool = True,
         train_transform: bool = True,
+        train_encoder: bool = True,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -82,6 +89,13 @@ class RateDistortion(TimedModule):
         if not train_transform:
             codec.transform.requires_grad_(False)
             codec.bottleneck.y_gain.requires_grad_(False)
+        if not train_encoder:
+            if not train_transform or start_from is None:
+                raise UsageError(
+                    "train_encoder: false leaves nothing to train: give start_from, and not train_transform: false"
+                )
+            for name, parameter in codec.named_parameters():
+                parameter.requires_grad_(name.startswith("transform.synthesis"))
         self.lr, self.final_lr_fraction, self.warmup_steps, self.clip = (
             lr,
             final_lr_fraction,

@@ -19,7 +19,7 @@ from torch import nn
 
 import compand
 from compand import image_codec, registry
-from compand.errors import CheckpointError, MediaError
+from compand.errors import CheckpointError, MediaError, UsageError
 from compand.hyperprior import FactorizedCodec, HyperpriorCodec
 from compand.train import cli, export
 from compand.train.images import CropDataset, ImageFolder, find_images, read_rgb
@@ -254,6 +254,31 @@ def test_the_transform_can_be_kept(checkpoint_of):
     loss.backward()
     learning = {name for name, p in codec.named_parameters() if p.grad is not None}
     assert learning and all(name.startswith("bottleneck.density") for name in learning)
+
+
+def test_a_synthesis_trained_alone_decodes_the_same_files(checkpoint_of, tmp_path, scenery):
+    info = compand.checkpoint.read_info(checkpoint_of("wavelet-image"))
+    transform = info.architecture["transform"] | {"synthesis_width": 40}
+    codec = registry.by_name("wavelet-image").load_class()(**info.architecture | {"transform": transform})
+    module = RateDistortion(codec, start_from=str(info.path), train_encoder=False)
+    loss, _ = module.loss(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
+    loss.backward()
+    learning = {name for name, p in codec.named_parameters() if p.grad is not None}
+    assert learning and all(name.startswith("transform.synthesis") for name in learning)
+
+    export.export(codec, tmp_path / "large-v1", [], "cpu", info)
+    reference, large = compand.load(info.path, device="cpu"), compand.load(tmp_path / "large-v1", device="cpu")
+    assert large.info.symbols == info.symbols and large.info.synthesis != info.synthesis
+    data = reference.encode(scenery[:64, :96], quality=3)
+    assert torch.equal(large.latents(data), reference.latents(data))
+    assert not np.array_equal(large.decode(data).pixels, reference.decode(data).pixels)
+
+    with torch.no_grad():
+        codec.bottleneck.y_gain.log2_gain += 1
+    with pytest.raises(CheckpointError, match="train_encoder: false"):
+        export.export(codec, tmp_path / "moved-v1", [], "cpu", info)
+    with pytest.raises(UsageError, match="nothing to train"):
+        RateDistortion(codec, train_encoder=False)
 
 
 def test_the_learning_rate_warms_up_and_decays():
