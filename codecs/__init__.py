@@ -8,6 +8,7 @@ picture = compand.decode(data)                  # compand.Picture: pixels, alpha
 sound = compand.decode(compand.encode("a.wav")) # compand.Sound: samples, rate; .save("out.wav")
 codec = compand.load("hyperprior")              # a torch module, ready to code
 y_hat = codec.latents(data)                     # dequantised latents, without synthesis
+stem = compand.latent_stem(codec)               # a torch module: the input layer of a model that reads latents
 compand.available()                             # the checkpoints that ship with this version
 ```
 
@@ -23,13 +24,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compand.errors import BitstreamError, CheckpointError, CompandError, MediaError, UsageError
+from compand.errors import (
+    BitstreamError,
+    CheckpointError,
+    CompandError,
+    MediaError,
+    PackedSetError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from compand.checkpoint import CheckpointInfo as CheckpointInfo
     from compand.checkpoint import available as available
     from compand.checkpoint import load as load
     from compand.codec import Codec as Codec
+    from compand.data.stem import latent_stem as latent_stem
     from compand.pictures import Picture as Picture
     from compand.registry import register as register
     from compand.sounds import Sound as Sound
@@ -42,6 +51,7 @@ _LAZY = {
     "Picture": "compand.pictures",
     "register": "compand.registry",
     "Sound": "compand.sounds",
+    "latent_stem": "compand.data.stem",
 }
 
 __all__ = [
@@ -51,12 +61,14 @@ __all__ = [
     "Codec",
     "CompandError",
     "MediaError",
+    "PackedSetError",
     "Picture",
     "Sound",
     "UsageError",
     "available",
     "decode",
     "encode",
+    "latent_stem",
     "load",
     "register",
 ]
@@ -79,7 +91,7 @@ def encode(source: Any, codec: str | None = None, *, device: str = "auto", **opt
 
     Args:
         source: a picture as `ImageCodec.encode` takes it or a sound as `AudioCodec.encode` takes it.
-        codec: a checkpoint; None: "hyperprior" for pictures, "wavelet-stereo-5x" for sounds.
+        codec: a checkpoint; None: "hyperprior" for pictures, "wavelet-stereo-2x" for sounds.
         options: of these methods: quality; bpp for pictures, kbps for sounds; psnr; progress.
     """
     from compand.checkpoint import load

@@ -109,8 +109,10 @@ class AudioCodec(Codec):
         self.edge = transform.edge
 
     def latent_layout(self) -> dict[str, Any]:
-        """As of `Codec`, with the channels that are coded together and the rate that sounds are resampled to."""
-        return super().latent_layout() | {"axes": 1, "group": self.channels, "rate": self.rate}
+        """As of `Codec`, with the channels that are coded together, the rate that sounds are resampled to and, where
+        there are any, the samples that are coded beyond either end."""
+        own: dict[str, Any] = {"axes": 1, "group": self.channels, "rate": self.rate}
+        return super().latent_layout() | own | ({"edge": self.edge} if self.edge else {})
 
     def encode(
         self,
@@ -204,6 +206,69 @@ class AudioCodec(Codec):
         length = -(-self._coded_length(geometry) // self.transform.stride)
         y_hat = grid[:, :, 0, begin : begin + length]
         return y_hat[0] if len(y_hat) == 1 else y_hat
+
+    @torch.inference_mode()
+    def quantise(self, source: Any, *, quality: float) -> NDArray[np.int32]:
+        """The integers of a whole sound, as a packed set keeps them. A quiet sound is not made louder, so that equal
+        integers are equally loud.
+
+        Args:
+            source: as `encode` takes it.
+            quality: 1 to `levels`.
+
+        Returns:
+            [M, (n + 2 edge) / stride, rounded up] for n samples at the codec's rate, where `edge` is
+            `transform.edge`; [groups, M, ...] of a sound of more channels than the codec takes at once.
+
+        Raises:
+            UsageError, MediaError: as `encode`.
+        """
+        level = self.quality_units(quality)
+        with _SoundSource.of(source, self.rate) as sound:
+            if sound.channels > MAX_CHANNELS:
+                fact = f"the sound has {sound.channels} channels"
+                raise MediaError(f"{fact}: at most {MAX_CHANNELS} can be coded, split it")
+            cutter = _Cutter(self, sound.rate, sound.channels, self._segment_size(None))
+            windows = chain(chain.from_iterable(map(cutter.push, sound.blocks())), cutter.finish())
+            parts = [
+                self.bottleneck.quantise(self._window_latents(window, level), level) for window in windows
+            ]
+        integers = torch.cat(parts, dim=3)[:, :, 0].cpu().numpy()
+        return integers[0] if len(integers) == 1 else integers
+
+    @torch.inference_mode()
+    def reconstruct(
+        self, latents: Tensor, *, samples: int, rate: int, channels: int, quality: float
+    ) -> Sound:
+        """Synthesis of dequantised latents, at the sound's own rate. Samples may exceed [-1, 1].
+
+        Args:
+            latents: float32 [M, N] or [groups, M, N], of the shape that `quantise` gives.
+            samples, rate, channels: of the sound.
+            quality: the one that the latents were made with.
+
+        Raises:
+            UsageError: the latents have another shape.
+        """
+        level, size = self.quality_units(quality), self._segment_size(None)
+        geometry = AudioGeometry(samples, rate, channels)
+        columns = self._grid_length(geometry) // self.transform.stride
+        groups = -(-channels // self.channels)
+        y_hat = latents.to(self.device)
+        y_hat = y_hat if y_hat.ndim == 3 else y_hat[None]
+        expected = (groups, self.transform.latent_channels, columns)
+        if tuple(y_hat.shape) != expected:
+            fact = (
+                f"latents {list(latents.shape)} are no sound of {channels} x {samples} samples at {rate} Hz"
+            )
+            raise UsageError(f"{fact}: give {list(expected)}")
+        player = _Player(self, geometry, (level,), size)
+        step = size // self.transform.stride
+        parts = [
+            player.add(y_hat[:, :, None, start : start + step], last=start + step >= columns, state=LOUD)
+            for start in range(0, columns, step)
+        ]
+        return Sound(np.concatenate([*parts, player.close(samples)], axis=1), rate)
 
     @torch.inference_mode()
     def estimate(self, source: Any, quality: float = 4.0, *, rate: int | None = None) -> float:
@@ -608,7 +673,7 @@ class AudioDecoder:
     def _begin(self, header: Header) -> int:
         """Takes the header; returns the most bytes of a chunk."""
         self._codec._check_header(header)
-        self._header, self._player = header, _Player(self._codec, header)
+        self._header, self._player = header, _Player.of(self._codec, header)
         self.rate, self.channels = self._player.rate, self._player.channels
         self.latency = self._player.latency
         return self._codec._longest_chunk(header)
@@ -643,7 +708,7 @@ class DecodedBlocks(Iterator[Float32Array]):
     def _decoded(
         self, codec: AudioCodec, content: Container, partial: bool, progress: Progress | None
     ) -> Iterator[Float32Array]:
-        player = _Player(codec, content.header)
+        player = _Player.of(codec, content.header)
         samples = _geometry(content.header).samples
         total = len(content.chunks)
         intact = 0
@@ -826,11 +891,13 @@ class _Player:
         latency: samples of the segments added that may be held.
     """
 
-    def __init__(self, codec: AudioCodec, header: Header) -> None:
-        geometry = _geometry(header)
+    def __init__(
+        self, codec: AudioCodec, geometry: AudioGeometry, settings: tuple[int, ...], segment: int
+    ) -> None:
+        """settings: quality in 1/32 level and, of a sound that was made louder, the power of two."""
         self.rate, self.channels = geometry.sample_rate, geometry.channels
-        self._codec, self._level, self._segment = codec, header.settings[0], header.chunk_size
-        self._scale = np.float32(2.0 ** -sum(header.settings[1:]))
+        self._codec, self._level, self._segment = codec, settings[0], segment
+        self._scale = np.float32(2.0 ** -sum(settings[1:]))
         self._stride, self._edge = codec.transform.stride, codec.edge
         self._margin = codec.transform.context // self._stride
         self._ratio = resampling_ratio(self.rate, codec.rate)
@@ -846,6 +913,11 @@ class _Player:
         self._voids: deque[tuple[int, int]] = deque()  # runs [start, stop) of positions that are lost
         self._states: deque[int] = deque()  # of the segments from `_state_of` on
         self._state_of = 0
+
+    @classmethod
+    def of(cls, codec: AudioCodec, header: Header) -> _Player:
+        """The player of a file."""
+        return cls(codec, _geometry(header), header.settings, header.chunk_size)
 
     def add(self, latents: Tensor, last: bool, state: int) -> Float32Array:
         """Takes the latents of the next segment [groups, M, 1, n] and its flag LOUD, 0, or _SILENT."""

@@ -128,7 +128,7 @@ def encode(
             "-c",
             "--codec",
             help="Checkpoint: a name or a folder.",
-            show_default="hyperprior for pictures, wavelet-stereo-5x for sounds",
+            show_default="hyperprior for pictures, wavelet-stereo-2x for sounds",
         ),
     ] = None,
     quality: Annotated[
@@ -523,12 +523,41 @@ def _arrow(job: files.Job) -> str:
 
 
 @app.command()
-def info(paths: Files, recursive: Recursive = False, as_json: Json = False) -> None:
-    """Show what .cpd files hold. Nothing is decoded."""
+def info(
+    paths: Annotated[
+        list[str], typer.Argument(help=".cpd files, folders, patterns, packed sets, or - for standard input.")
+    ],
+    recursive: Recursive = False,
+    as_json: Json = False,
+    grid: Annotated[
+        Path | None, typer.Option("--grid", help="Packed set of pictures: write the first 16 here, decoded.")
+    ] = None,
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Show what .cpd files and packed sets hold. Nothing is decoded, but for --grid."""
     from compand.coding import container
 
-    inputs, failures = files.expand(paths, _is_cpd, recursive=recursive)
+    sets = [path for path in paths if _is_packed(path)]
+    if grid is not None and not len(paths) == len(sets) == 1:
+        raise UsageError("--grid shows one packed set: name one")
+    inputs, failures = files.expand(
+        [path for path in paths if path not in sets], _is_cpd, recursive=recursive
+    )
     records = []
+    for path in sets:
+        from compand.data.describe import as_text, describe, write_grid
+
+        try:
+            record = describe(path)
+        except (CompandError, OSError) as error:
+            failures.append(files.Failure(path, files.explain(error, path)))
+            continue
+        records.append(record)
+        if not as_json:
+            print(as_text(record))
+        if grid is not None:
+            write_grid(path, grid, device=device, force=force)
     for item in inputs:
         try:
             data = item.read()
@@ -660,10 +689,15 @@ def verify(
     recursive: Recursive = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check that .cpd files are intact."""
+    """Check that .cpd files and packed sets are intact."""
     from compand.coding import container
 
-    inputs, failures = files.expand(paths, _is_cpd, recursive=recursive)
+    sets = [path for path in paths if _is_packed(path)]
+    inputs, failures = files.expand(
+        [path for path in paths if path not in sets], _is_cpd, recursive=recursive
+    )
+    for path in sets:
+        failures += _verify_set(path, quiet=quiet)
     codec_of = _decoders(device, codec) if deep and inputs else None
 
     def work(job: files.Job, progress: files.Progress) -> files.Done:
@@ -676,6 +710,22 @@ def verify(
 
     jobs = [files.Job(item, None) for item in inputs]
     raise typer.Exit(0 if files.run_batch(jobs, work, failures=failures, quiet=quiet) else 1)
+
+
+def _is_packed(path: str) -> bool:
+    """Whether a path is a packed set or a shard of one."""
+    if os.path.isdir(path):
+        return any(os.path.exists(os.path.join(path, name)) for name in ("packed.json", "packing.json"))
+    return path.endswith(".parquet")
+
+
+def _verify_set(path: str, *, quiet: bool) -> list[files.Failure]:
+    from compand.data.packed import PackedReader, check_set
+
+    faults = check_set(path)
+    if not faults and not quiet:
+        files.say(f"{path}: intact, {len(PackedReader(path))} rows", sys.stdout)
+    return [files.Failure(path, files.explain(fault, path)) for fault in faults]
 
 
 @app.command()
@@ -732,6 +782,136 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+# ------------------------------------------------------------------------------------------ packed data sets
+
+
+@app.command()
+def pack(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, a manifest (.csv, .tsv, .jsonl), Parquet, a Hugging Face data set or hf:NAME[:SPLIT]."
+        ),
+    ],
+    target: Annotated[str, typer.Argument(help="Folder or URL of the packed set.")],
+    codec: Annotated[str, typer.Option("-c", "--codec", help="Checkpoint: a name or a folder.")],
+    quality: Annotated[float, typer.Option("-q", "--quality", help="Quality, fractions too.")] = 4.0,
+    profile: Annotated[
+        str,
+        typer.Option(
+            "--profile", help="train (fastest to read), archive (smaller) or cpd (a .cpd file a row)."
+        ),
+    ] = "train",
+    compression: Annotated[
+        str, typer.Option("--compression", help="Of the profile train: zstd or lz4.")
+    ] = "zstd",
+    shard_mb: Annotated[float, typer.Option("--shard-mb", help="Size of a shard at most, about.")] = 256,
+    rows_per_shard: Annotated[int, typer.Option("--rows-per-shard", help="Rows of a shard at most.")] = 4096,
+    order: Annotated[
+        str, typer.Option("--order", help="hashed (classes mixed) or sorted, by the key.")
+    ] = "hashed",
+    label: Annotated[
+        str | None, typer.Option("--label", help="Column of the labels.", show_default="label")
+    ] = None,
+    media_column: Annotated[
+        str | None,
+        typer.Option("--media", help="Column of the media.", show_default="path, or the one of bytes"),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option("--key", help="Column of the keys.", show_default="key, or path or row number"),
+    ] = None,
+    allow_empty_class: Annotated[
+        bool, typer.Option("--allow-empty-class", help="Leave class folders without a file out.")
+    ] = False,
+    engine: Annotated[str, typer.Option("--engine", help="local, or ray: on a cluster.")] = "local",
+    fail_fast: Annotated[
+        bool, typer.Option("--fail-fast", help="End at the first input that cannot be packed.")
+    ] = False,
+    device: Device = "auto",
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "-j",
+            "--jobs",
+            min=1,
+            help="Processes; threads that read, on a GPU; actors, on Ray.",
+            show_default="1",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("-f", "--force", help="Begin anew where TARGET holds a packed set.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Pack a data set of pictures or sounds for training.
+
+    Rows hold latents, so that nothing has to be decoded to learn from them. Labels are the names of class folders, or
+    a column. Inputs that cannot be packed are listed in failures.csv and left out; the exit status is 1 then. After an
+    interruption the same command goes on.
+    """
+    from compand.data.local_engine import run_local
+    from compand.data.meter import Meter
+    from compand.data.pack import start
+
+    if engine not in ("local", "ray"):
+        raise UsageError(f"--engine {engine} does not exist: choose local or ray")
+    packing = start(
+        source, target, codec=codec, quality=quality, profile=profile, compression=compression,
+        shard_mb=shard_mb, rows_per_shard=rows_per_shard, order=order, label=label, media=media_column, key=key,
+        device=device, allow_empty_class=allow_empty_class, fail_fast=fail_fast, force=force,
+    )  # fmt: skip
+    with Meter(packing, shown=not quiet) as meter:
+        if engine == "ray":
+            from compand.data import ray_engine
+
+            summary = ray_engine.pack(packing, workers=jobs, progress=meter.add_chunk)
+        else:
+            # After an interrupt, Python's tracker of semaphores removes those of the workers, and need not say so.
+            sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+            run_local(packing, jobs=jobs or 1, progress=meter.add)
+            summary = packing.finish()
+    if not quiet:
+        files.say(meter.summary(summary), sys.stdout)
+    if summary.failures:
+        fact = f"{summary.failures} input{'s' * (summary.failures != 1)} could not be packed"
+        print(f"compand: {fact}: see {target}/failures.csv", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def unpack(
+    source: Annotated[str, typer.Argument(help="A packed set, or a shard of one.")],
+    target: Annotated[str, typer.Argument(help="Folder or URL of the files.")],
+    media_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="png, jpg, wav, flac, ...; cpd; npy: the integers of the latents.",
+            show_default="png, wav; with --to webdataset what the set holds",
+        ),
+    ] = None,
+    to: Annotated[str, typer.Option("--to", help="files, or webdataset: tar shards.")] = "files",
+    device: Device = "auto",
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Restore files from a packed set, named by their keys, or export it for webdataset."""
+    from compand.allocator import tune_allocator
+    from compand.data.unpack import unpack as restore
+
+    if to not in ("files", "webdataset"):
+        raise UsageError(f"--to {to} does not exist: choose files or webdataset")
+    tune_allocator()
+    count, damaged = restore(
+        source, target, media_format=media_format, webdataset=to == "webdataset", device=device, force=force
+    )
+    files.report_failures([files.Failure(key, reason) for key, reason in damaged])
+    if not quiet:
+        files.say(f"{source} -> {target}: {count} row{'s' * (count != 1)}", sys.stdout)
+    raise typer.Exit(1 if damaged else 0)
 
 
 # ------------------------------------------------------------------------------------------------- demo

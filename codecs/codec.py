@@ -117,6 +117,20 @@ class Bottleneck(nn.Module, ABC):
         """Payloads of `batch` items of latent shape (h, w) -> y_hat [batch, M, h, w], exactly the y_hat that the
         encoder's `forward` in evaluation mode gives. Raises BitstreamError on a damaged payload."""
 
+    def quantise(self, y: Tensor, quality: int) -> Tensor:
+        """The integers of a packed set: y in quantisation steps, rounded around zero whatever the prior expects there,
+        so that they mean the same in every row. y: [batch, M, h, w]; quality in 1/32 level; int32 of the same shape.
+
+        Raises:
+            UsageError: this bottleneck has no such integers.
+        """
+        raise _no_integers(self)
+
+    def dequantise(self, integers: Tensor, quality: int) -> Tensor:
+        """The latents that `quantise` rounded: integers [batch, M, h, w] -> float32 of the same shape, each a function
+        of its integer and its channel alone."""
+        raise _no_integers(self)
+
     @abstractmethod
     def least_bits(self, shape: tuple[int, int]) -> float:
         """A number of bits that no payload of latent shape (h, w) can be shorter than, up to the coder's rounding.
@@ -167,6 +181,10 @@ def level_table_at(table: Tensor, quality: Tensor) -> Tensor:
     low = position.div(QUALITY_STEPS, rounding_mode="floor").clamp(max=max(table.shape[0] - 2, 0))
     fraction = (position - low * QUALITY_STEPS).to(table.dtype)[:, None] / QUALITY_STEPS
     return torch.lerp(table[low], table[(low + 1).clamp(max=table.shape[0] - 1)], fraction)
+
+
+def _no_integers(bottleneck: Bottleneck) -> UsageError:
+    return UsageError(f"{type(bottleneck).__name__} has no integers of its own: pack with --profile cpd")
 
 
 def first_level(low: int, high: int, reaches: Callable[[int], bool]) -> int:
@@ -286,6 +304,35 @@ class Codec(nn.Module, ABC):
     @abstractmethod
     def latents(self, data: bytes) -> Tensor:
         """The dequantised latents of a file, without synthesis: what compressed-domain learning reads."""
+
+    @abstractmethod
+    def quantise(self, source: Any, *, quality: float) -> NDArray[np.int32]:
+        """Samples to the integers of a packed set: latents in quantisation steps, rounded without a prior."""
+
+    @torch.inference_mode()
+    def dequantise(self, integers: NDArray[np.integer[Any]] | Tensor, *, quality: float) -> Tensor:
+        """The latents that integers of a packed set stand for.
+
+        Args:
+            integers: as `quantise` gives them, of any integer type: [M, ...], or [batch, M, ...].
+            quality: the one that they were made with.
+
+        Returns:
+            float32 of the same shape, on the codec's device.
+        """
+        given = torch.as_tensor(integers).to(self.device)
+        axes = self.latent_layout()["axes"]
+        y = given if given.ndim == axes + 2 else given[None]
+        y_hat = self.bottleneck.dequantise(y if axes == 2 else y[:, :, None], self.quality_units(quality))
+        return y_hat.reshape(given.shape)
+
+    @torch.inference_mode()
+    def level_values(self, quality: float) -> Tensor:
+        """What the 8-bit integers of each channel stand for: float32 [M, 256] on the codec's device, entry k + 128 for
+        the integer k. Dequantising is one look-up in it."""
+        channels = self.transform.latent_channels
+        every = torch.arange(-128, 128, dtype=torch.int32, device=self.device).expand(1, channels, 1, 256)
+        return self.bottleneck.dequantise(every.contiguous(), self.quality_units(quality))[0, :, 0]
 
     @abstractmethod
     def check(self, data: bytes, progress: Progress | None = None) -> None:

@@ -192,17 +192,109 @@ class ImageCodec(Codec):
         )
 
     @torch.inference_mode()
+    def quantise(self, source: Any, *, quality: float) -> NDArray[np.int32]:
+        """The integers of a whole picture, as a packed set keeps them.
+
+        Args:
+            source: as `encode` takes it; an alpha plane and a color profile are left out.
+            quality: 1 to `levels`.
+
+        Returns:
+            [M, ceil(H / stride), ceil(W / stride)].
+
+        Raises:
+            UsageError, MediaError: as `encode`.
+        """
+        picture, level = self._picture(source), self.quality_units(quality)
+        rows = [
+            torch.cat(
+                [
+                    self.bottleneck.quantise(self.analyse(picture.pixels, tile, level), level)[0]
+                    for tile in row
+                ],
+                dim=2,
+            )
+            for row in self._grid(picture.height, picture.width)
+        ]
+        return torch.cat(rows, dim=1).cpu().numpy()
+
+    @torch.inference_mode()
+    def quantise_batch(self, pixels: Tensor, *, quality: float) -> Tensor:
+        """As `quantise`, for pictures of equal size in one pass.
+
+        Args:
+            pixels: uint8 [batch, channels, H, W], channels those of the codec, or 1 for one of 3.
+            quality: 1 to `levels`.
+
+        Returns:
+            int32 [batch, M, ceil(H / stride), ceil(W / stride)] on the codec's device.
+
+        Raises:
+            UsageError: another type or shape.
+        """
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, self.channels):
+            given = f"{pixels.dtype} {list(pixels.shape)}"
+            raise UsageError(f"pixels are {given}: give uint8 [batch, {self.channels}, H, W]")
+        level = self.quality_units(quality)
+        grid = self._grid(pixels.shape[2], pixels.shape[3])
+        x = pixels.to(self.device)
+        rows = [
+            torch.cat(
+                [self.bottleneck.quantise(self._analyse_batch(x, tile, level), level) for tile in row], dim=3
+            )
+            for row in grid
+        ]
+        return torch.cat(rows, dim=2)
+
+    @torch.inference_mode()
+    def reconstruct(
+        self, latents: Tensor, *, height: int, width: int, channels: int, quality: float
+    ) -> Picture:
+        """Synthesis of dequantised latents.
+
+        Args:
+            latents: float32 [M, ceil(height / stride), ceil(width / stride)], as `dequantise` gives them.
+            height, width, channels: of the picture; `channels` 1 gives a gray one of a codec of 3.
+            quality: the one that the latents were made with.
+
+        Raises:
+            UsageError: the latents have another shape.
+        """
+        stride, margin = self.transform.stride, self.transform.context // self.transform.stride
+        expected = (self.transform.latent_channels, -(-height // stride), -(-width // stride))
+        if tuple(latents.shape) != expected or channels not in (
+            (1, 3) if self.channels == 3 else (self.channels,)
+        ):
+            fact = f"latents {list(latents.shape)} are no picture of {height} x {width} x {channels}"
+            raise UsageError(f"{fact}: give {list(expected)}")
+        level, y_hat = self.quality_units(quality), latents.to(self.device)
+        geometry = ImageGeometry(height, width, channels)
+        pixels = np.empty((height, width, channels), dtype=np.uint8)
+        for tile in (tile for row in self._grid(height, width) for tile in row):
+            rows, columns = tile.latent_shape(stride)
+            y, x = tile.top // stride, tile.left // stride
+            top, left = max(y - margin, 0), max(x - margin, 0)
+            window = y_hat[:, top : y + rows + margin, left : x + columns + margin]
+            area = np.s_[tile.top : tile.bottom, tile.left : tile.right]
+            pixels[area] = self._synthesise((window, y - top, x - left), tile, level, geometry)
+        return Picture(pixels, None, None)
+
+    @torch.inference_mode()
     def estimate(self, source: Any, quality: float = 4.0) -> float:
         """Information content of a picture's symbols in bits: what `encode` needs, without header and extras."""
         picture = self._picture(source)
         level = self.quality_units(quality)
-        grid = tile_rows(picture.height, picture.width, _chunk_size(picture.height, picture.width))
+        grid = self._grid(picture.height, picture.width)
         levels = torch.tensor([level], device=self.device)
         return sum(
             float(self.bottleneck(self.analyse(picture.pixels, tile, level), levels).bits)
             for row in grid
             for tile in row
         )
+
+    def _grid(self, height: int, width: int) -> list[list[Tile]]:
+        """The tiles that a picture is coded in."""
+        return tile_rows(height, width, _chunk_size(height, width))
 
     def _picture(self, source: Any) -> Picture:
         picture = as_picture(source, channels=self.channels)
@@ -220,7 +312,7 @@ class ImageCodec(Codec):
         info = self._frozen_info()
         size = _chunk_size(picture.height, picture.width)
         chunks: list[bytes] = []
-        grid = tile_rows(picture.height, picture.width, size)
+        grid = self._grid(picture.height, picture.width)
         for tile in (tile for row in grid for tile in row):
             chunks += self.bottleneck.compress(self.analyse(picture.pixels, tile, level), level)
             if progress is not None:
@@ -251,18 +343,42 @@ class ImageCodec(Codec):
             pixels: the whole picture, uint8 [H, W, 1 | 3].
             level: quality in 1/32 level.
         """
-        stride, context = self.transform.stride, self.transform.context
-        top, left = max(tile.top - context, 0), max(tile.left - context, 0)
-        window = pixels[top : tile.bottom + context, left : tile.right + context]
-        missing = [(0, -edge % stride) for edge in window.shape[:2]]
+        rows, columns = self._around(tile)
+        window = pixels[rows, columns]
+        missing = [(0, -edge % self.transform.stride) for edge in window.shape[:2]]
         window = np.pad(window, (*missing, (0, 0)), mode="edge") if any(map(sum, missing)) else window.copy()
-        x = torch.from_numpy(window).to(self.device).permute(2, 0, 1)[None]
-        x = x.expand(1, self.channels, *x.shape[2:])
+        return self._analyse(torch.from_numpy(window).to(self.device).permute(2, 0, 1)[None], tile, level)
+
+    def _analyse_batch(self, pixels: Tensor, tile: Tile, level: int) -> Tensor:
+        """As `analyse`, of pictures uint8 [batch, 1 | channels, H, W] on the codec's device."""
+        rows, columns = self._around(tile)
+        window = pixels[:, :, rows, columns]
+        bottom, right = (-edge % self.transform.stride for edge in window.shape[2:])
+        if bottom:
+            window = torch.cat([window, window[:, :, -1:].expand(-1, -1, bottom, -1)], dim=2)
+        if right:
+            window = torch.cat([window, window[..., -1:].expand(-1, -1, -1, right)], dim=3)
+        return self._analyse(window, tile, level)
+
+    def _around(self, tile: Tile) -> tuple[slice, slice]:
+        """Rows and columns of pixels that the analysis of a tile looks at."""
+        context = self.transform.context
+        return (
+            slice(max(tile.top - context, 0), tile.bottom + context),
+            slice(max(tile.left - context, 0), tile.right + context),
+        )
+
+    def _analyse(self, x: Tensor, tile: Tile, level: int) -> Tensor:
+        """y of one tile from what is around it, uint8 [batch, 1 | channels, h, w], both edges multiples of the
+        stride."""
+        stride = self.transform.stride
+        x = x.expand(-1, self.channels, -1, -1)
         if not self.transform.takes_bytes:
             x = x.float().div_(255).contiguous(memory_format=torch.channels_last)
-        y = self.transform.analysis(x, torch.tensor([level], device=self.device))
+        y = self.transform.analysis(x, torch.full((len(x),), level, device=self.device))
         rows, columns = tile.latent_shape(stride)
-        y0, x0 = (tile.top - top) // stride, (tile.left - left) // stride
+        above, before = self._around(tile)
+        y0, x0 = (tile.top - above.start) // stride, (tile.left - before.start) // stride
         return y[:, :, y0 : y0 + rows, x0 : x0 + columns]
 
     # ------------------------------------------------------------------------------------------------- decoding

@@ -9,7 +9,7 @@ from typing import Any
 from compand.coding import container
 from compand.errors import BitstreamError
 
-DEFAULT_CODEC = {"image": "hyperprior", "audio": "wavelet-stereo-5x"}
+DEFAULT_CODEC = {"image": "hyperprior", "audio": "wavelet-stereo-2x"}
 """The checkpoint that codes a medium where none is named."""
 
 OPENING_BYTES = 12

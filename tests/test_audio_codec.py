@@ -591,7 +591,8 @@ def test_a_codec_of_one_channel_codes_each_on_its_own(short_segments):
 
 
 def test_layout_of_the_latents(codec):
-    assert codec.latent_layout() == {"channels": 32, "stride": 16, "axes": 1, "group": 2, "rate": RATE}
+    layout = {"channels": 32, "stride": 16, "axes": 1, "group": 2, "rate": RATE, "edge": codec.edge}
+    assert codec.latent_layout() == layout
 
 
 # ------------------------------------------------------------------------------------------------------- memory

@@ -152,6 +152,12 @@ class CompandingBottleneck(Bottleneck):
     def decompress(self, payloads: Sequence[bytes], shape: tuple[int, int], quality: int) -> Tensor:
         return self._expand_items(self.inner.decompress(payloads, shape, quality))
 
+    def quantise(self, y: Tensor, quality: int) -> Tensor:
+        return self.inner.quantise(self._compress(y), quality)
+
+    def dequantise(self, integers: Tensor, quality: int) -> Tensor:
+        return self._expand(self.inner.dequantise(integers, quality))
+
     def _compress(self, y: Tensor) -> Tensor:
         with torch.autocast(y.device.type, enabled=False):
             return self.compander.compress(y.float())

@@ -242,6 +242,12 @@ class FactorizedBottleneck(Bottleneck):
         symbols = torch.from_numpy(np.stack(items)).to(self.y_gain.log2_gain)
         return symbols * self.y_gain.inverse(self._level(quality, symbols))
 
+    def quantise(self, y: Tensor, quality: int) -> Tensor:
+        return self.y_gain.quantise(y, quality)
+
+    def dequantise(self, integers: Tensor, quality: int) -> Tensor:
+        return self.y_gain.dequantise(integers, quality)
+
     def freeze(self, counts: Sequence[Counts] | None = None) -> None:
         """Makes the integer tables.
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from compand.codec import level_table_at
 
+INTEGER_LIMIT = float(1 << 30)
+"""Latents are cut to +- this number of steps."""
+
 
 class GainUnit(nn.Module):
     """Per-channel gains that grow with quality, and the inverse gains of the decoder.
@@ -40,6 +43,17 @@ class GainUnit(nn.Module):
         """The decoder's gain, [batch, channels, 1, 1]; near 1 / gain, learned separately."""
         offset = level_table_at(self.log2_inverse_offset, quality)
         return torch.exp2(offset - self.log2(quality))[:, :, None, None]
+
+    def quantise(self, y: Tensor, quality: int) -> Tensor:
+        """y [batch, channels, h, w] in steps of one quality, rounded to int32."""
+        level = torch.tensor([quality], device=y.device)
+        steps = torch.nan_to_num(y.float() * self.gain(level), nan=0.0)
+        return steps.clamp_(-INTEGER_LIMIT, INTEGER_LIMIT).round_().to(torch.int32)
+
+    def dequantise(self, integers: Tensor, quality: int) -> Tensor:
+        """Inverse of `quantise` up to the rounding: float32."""
+        level = torch.tensor([quality], device=integers.device)
+        return integers.to(torch.float32) * self.inverse(level)
 
     def inverse_levels(self) -> Tensor:
         """The decoder's gains at the levels themselves, [levels, channels]; what an integer prior interpolates."""

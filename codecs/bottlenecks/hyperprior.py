@@ -223,6 +223,12 @@ class HyperpriorBottleneck(Bottleneck):
             reader.finish()
         return self._dequantise(np.stack(items), means, quality)
 
+    def quantise(self, y: Tensor, quality: int) -> Tensor:
+        return self.y_gain.quantise(y, quality)
+
+    def dequantise(self, integers: Tensor, quality: int) -> Tensor:
+        return self.y_gain.dequantise(integers, quality)
+
     def _encode(
         self, y: Tensor, quality: int
     ) -> tuple[

@@ -10,6 +10,8 @@ words, 64-bit state, 24-bit probabilities. In the order in which a reader meets 
             length of the code, in 6 equally probable bits    (code: see `tables.escape_codes`)
             bits 0-15 of the code below its leading one, then bits 16-31, then bits 32-33
 
+A push of runs is its symbols alone, in the order given.
+
 Symbols of one table are coded in one call, which is what makes the coder fast; blocks keep the grouping
 within the processor's cache. Words are little-endian and the zero bytes that end the last one are left out.
 The writer starts from FIRST_STATE, so that is where a reader must end; no bytes at all mean this state.
@@ -19,7 +21,7 @@ constriction does the work where it is installed, `compand.coding.ans_reference`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -55,10 +57,17 @@ in any case.
 BACKEND = "reference" if constriction is None else "constriction"
 """What codes the symbols unless a writer or reader is told otherwise."""
 
+LONGEST_WALK = 10
+"""Symbols that are gone through as fast as the right one is found by bisection."""
+
 _PIECE = 16
 _PIECE_STARTS = (0, 16, 32)
 _MAX_CODE_LENGTH = 33
 _INT32 = np.iinfo(np.int32)
+
+
+Runs = Sequence[tuple[int, int]]
+"""Tables, and how many symbols of each follow one another."""
 
 
 class AnsWriter:
@@ -82,6 +91,21 @@ class AnsWriter:
         if value.shape != index.shape:
             raise UsageError(f"{value.size} values but {index.size} indexes: give one index for each value")
         self._blocks += [_prepare(value[block], index[block], tables) for block in _blocks(index.size)]
+
+    def push_runs(self, symbols: NDArray[np.int32], runs: Runs, tables: TableSet) -> None:
+        """Append symbols [N] of tables in turn, in the order given: places in a table, none of them its escape.
+
+        Args:
+            symbols: all runs one after the other.
+            runs: table and number of symbols of each run; together N.
+        """
+        ranges, start = [], 0
+        for table, count in runs:
+            ranges.append((table, start, start + count))
+            start += count
+        if start != symbols.size:
+            raise UsageError(f"{symbols.size} symbols but runs of {start}: give as many")
+        self._blocks.append(_Block(tables, ranges, np.ascontiguousarray(symbols, dtype=np.int32), None))
 
     def finish(self) -> bytes:
         """Encode everything that was pushed."""
@@ -145,6 +169,12 @@ class AnsReader:
                 grouped[places] = _decode_escapes(self._coder, *groups.extents(places, tables))
             values[block][groups.order] = grouped
         return values
+
+    def pull_runs(self, runs: Runs, tables: TableSet) -> NDArray[np.int32]:
+        """Return the next symbols as `AnsWriter.push_runs` took them; of damaged data, escapes may be among them."""
+        models, decode = self._backend.models(tables), self._coder.decode
+        parts = [decode(models(table), count) for table, count in runs]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
     def finish(self) -> None:
         """Check that the data is used up.
@@ -302,7 +332,10 @@ class _ConstrictionCoder:
 def _build_constriction_model(frequencies: NDArray[np.uint32]) -> Any:
     # The fast quantiser gives each of n symbols 1 and shares the remaining 2**24 - n by weight. Weights that
     # sum to just that are taken over as they are, without rounding.
-    return constriction.stream.model.Categorical(frequencies.astype(np.float64) - 1, perfect=False)
+    weights = frequencies.astype(np.float64) - 1
+    # A lazy model goes through the symbols from the first to the one that is looked for, the other one bisects.
+    walk = float(weights @ np.arange(weights.size)) / float(weights.sum())
+    return constriction.stream.model.Categorical(weights, perfect=False, lazy=walk < LONGEST_WALK)
 
 
 class _Models:

@@ -1,0 +1,154 @@
+"""What a model needs before its first layer to read latents or tokens: channels, stride and statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compand.errors import UsageError
+
+if TYPE_CHECKING:
+    from compand.codec import Codec
+    from compand.data.packed import PackedReader
+
+FLOOR = 0.03
+"""Least deviation by which a channel is divided, as a share of the largest one."""
+
+
+class LatentStem(nn.Module):
+    """Normalises latents channel by channel, and widens them if wanted.
+
+    A model that reads pictures reads latents once its first layers, up to the stride of the codec, are replaced by this
+    one.
+
+    Args:
+        mean, deviation: statistics of every channel, float [M].
+        stride: samples of one axis per latent position.
+        axes: 1 (time) or 2 (height and width).
+        width: channels that a 3-wide convolution makes of them; None: they stay as they are.
+
+    Attributes:
+        channels: channels of what comes out.
+        stride, axes: as given.
+    """
+
+    def __init__(
+        self, mean: Tensor, deviation: Tensor, stride: int, axes: int = 2, width: int | None = None
+    ) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.scale: Tensor
+        self.register_buffer("mean", mean.detach().float().clone())
+        deviation = deviation.detach().float()
+        # A channel in which next to nothing was seen must not drown the others when something comes.
+        floor = (FLOOR * deviation.max()).clamp(min=1e-6)
+        self.register_buffer("scale", 1 / deviation.clamp(min=floor))
+        self.stride, self.axes, self.channels = stride, axes, width or len(mean)
+        layer = nn.Conv1d if axes == 1 else nn.Conv2d
+        self.widen = layer(len(mean), width, 3, padding=1) if width else nn.Identity()
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents or tokens [batch, M, n] or [batch, M, h, w] -> [batch, channels, ...], float32 if not widened."""
+        shape = (-1, *[1] * (latents.ndim - 2))
+        normalised = (latents.float() - self.mean.view(shape)) * self.scale.view(shape)
+        result: Tensor = self.widen(normalised)
+        return result
+
+
+def latent_stem(
+    source: Codec | PackedReader | str | Path,
+    field: str = "latents",
+    *,
+    quality: float = 4.0,
+    width: int | None = None,
+    rows: int = 512,
+) -> LatentStem:
+    """The input layer of a model that learns from latents.
+
+    Args:
+        source: a packed set (folder or `PackedReader`), of which the statistics are measured; or a codec, or the name
+            of one, for which they are those of noise with the spectrum of photographs or sounds, near enough to begin
+            training with.
+        field: "latents" or "tokens".
+        quality: of the tokens of a codec; a set has its own.
+        width: see `LatentStem`.
+        rows: how many rows of a set are measured, evenly from all.
+
+    Raises:
+        UsageError: there is no such field, the set is empty or has no tokens, or the codec has no integers.
+        PackedSetError: a row of the set is damaged.
+        CheckpointError: there is no such codec.
+    """
+    if field not in ("latents", "tokens"):
+        raise UsageError(f"field {field} does not exist: choose latents or tokens")
+    # Imported here, so that a model with a stem can be used without what reads sets.
+    from compand.codec import Codec
+    from compand.data.packed import PackedReader
+
+    if isinstance(source, Codec):
+        items, layout = _of_noise(source, field, quality), source.latent_layout()
+    elif isinstance(source, PackedReader) or Path(source).exists():
+        reader = source if isinstance(source, PackedReader) else PackedReader(source)
+        items, layout = _of_rows(reader, field, rows), dict(reader.info.latent)
+    else:
+        from compand.checkpoint import load
+
+        codec = load(str(source), device="cpu")
+        items, layout = _of_noise(codec, field, quality), codec.latent_layout()
+    mean, deviation = items.mean(1), items.std(1, correction=0)
+    return LatentStem(mean, deviation, layout["stride"], layout["axes"], width)
+
+
+def _of_rows(reader: PackedReader, field: str, rows: int) -> Tensor:
+    """Values of some rows of a set, [M, values]."""
+    from compand.data.payload import RowCodec
+
+    if not len(reader):
+        raise UsageError("the set has no rows: there is nothing to measure")
+    coder, channels = RowCodec(reader.info), int(reader.info.latent["channels"])
+    count = min(rows, len(reader))
+    parts = []
+    for i in range(count):
+        index = i * len(reader) // count
+        shape = reader.info.latent_shape(reader.row(index, reader.info.geometry))
+        read: Any = coder.latents if field == "latents" else coder.decode
+        values = torch.from_numpy(read(reader.payload(index), shape).astype("float32"))
+        grouped = values.reshape(-1, *shape[-1 - int(reader.info.latent["axes"]) :])
+        parts.append(grouped.transpose(0, 1).reshape(channels, -1))
+    return torch.cat(parts, 1).double()
+
+
+@torch.no_grad()
+def _of_noise(codec: Codec, field: str, quality: float) -> Tensor:
+    """Values of what the codec makes of coloured noise, [M, values]."""
+    from compand.audio_codec import AudioCodec
+
+    level = codec.quality_units(quality)
+    generator = torch.Generator().manual_seed(0)
+    channels = int(getattr(codec, "channels", 3))
+    if isinstance(codec, AudioCodec):
+        sound = _noise((1, channels, 1, 1 << 17), generator) * 0.1
+        y = codec.analyse(sound[0, :, 0].numpy(), level)
+    else:
+        # Channels of photographs differ little from each other.
+        shape = (16, channels, 32 * codec.transform.stride, 32 * codec.transform.stride)
+        common = _noise((shape[0], 1, *shape[2:]), generator)
+        picture = 0.5 + 0.22 * common + 0.1 * _noise(shape, generator)
+        y = codec.transform.analysis(
+            picture.clamp(0, 1).to(codec.device), torch.tensor([level], device=codec.device)
+        )
+    values = codec.bottleneck.quantise(y, level) if field == "tokens" else y
+    return values.transpose(0, 1).flatten(1).cpu().double()
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Noise [batch, channels, h, w] of deviation 1 : amplitudes fall with frequency^1.3 (pictures) or its root."""
+    spectrum = torch.fft.rfft2(torch.randn(shape, generator=generator))
+    down, across = torch.fft.fftfreq(shape[2])[:, None], torch.fft.rfftfreq(shape[3])[None]
+    frequency = (down.square() + across.square()).sqrt()
+    frequency[0, 0] = torch.inf
+    noise = torch.fft.irfft2(spectrum * frequency ** (-1.3 if shape[2] > 1 else -0.5), s=shape[2:])
+    return noise / noise.std((2, 3), keepdim=True)
