@@ -18,7 +18,55 @@ from compand.train.schedule import TimedModule
 from compand.weights import check_new
 
 
-class TaskTraining(TimedModule):
+class DescentTraining(TimedModule):
+    """SGD with Nesterov momentum: linear warm-up, then cosine decay to zero at the trainer's `max_steps`.
+
+    Args:
+        lr: peak learning rate.
+        momentum: Nesterov momentum.
+        weight_decay: L2 penalty on kernels; biases and norms have none.
+        warmup_steps: steps of warm-up.
+        minutes: time limit; the learning rate then decays by steps or by time, whichever is further on, and training
+            ends with the schedule.
+    """
+
+    def __init__(
+        self, lr: float, momentum: float, weight_decay: float, warmup_steps: int, minutes: float | None
+    ) -> None:
+        super().__init__()
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.warmup_steps, self.minutes = warmup_steps, minutes
+
+    @abstractmethod
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The scalar loss of a batch."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        loss = self.loss(*batch)
+        # Reading a value waits for the device, so it is done only as often as the log asks for it.
+        if (batch_index + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            value = loss.item()
+            if not math.isfinite(value):
+                raise FloatingPointError(f"loss is {value} at step {self.global_step}; lower --model.lr")
+            self.log("loss", value, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        kernels = [p for p in self.parameters() if p.ndim > 1]
+        others = [p for p in self.parameters() if p.ndim <= 1]
+        groups = [
+            {"params": kernels, "weight_decay": self.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        factor = self.learning_rate_factor()
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = factor * self.lr
+
+
+class TaskTraining(DescentTraining):
     """Trains a task network with SGD and writes it, with averaged weights if the run keeps them, as a reference model.
 
     A subclass says what the loss of a batch is. The data module has the attributes `root` (the folder that the task
@@ -48,42 +96,12 @@ class TaskTraining(TimedModule):
         warmup_steps: int = 200,
         minutes: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(lr, momentum, weight_decay, warmup_steps, minutes)
         self.network = network
         self.task, self.output = task, Path(output)
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        self.warmup_steps, self.minutes = warmup_steps, minutes
-
-    @abstractmethod
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The scalar loss of a batch."""
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        loss = self.loss(*batch)
-        # Reading a value waits for the device, so it is done only as often as the log asks for it.
-        if (batch_index + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            value = loss.item()
-            if not math.isfinite(value):
-                raise FloatingPointError(f"loss is {value} at step {self.global_step}; lower --model.lr")
-            self.log("loss", value, prog_bar=True)
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        kernels = [p for p in self.parameters() if p.ndim > 1]
-        others = [p for p in self.parameters() if p.ndim <= 1]
-        groups = [
-            {"params": kernels, "weight_decay": self.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
 
     def on_fit_start(self) -> None:
         check_new(self.output)
-
-    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        factor = self.learning_rate_factor()
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = factor * self.lr
 
     def on_train_end(self) -> None:
         """Writes the reference model and its card, with the score of what was written."""

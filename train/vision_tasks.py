@@ -219,6 +219,9 @@ class ImagenetteData(ResidentImages):
         mixing: probability of mixup or CutMix.
         mixup_alpha: parameter of mixup's Beta distribution.
         smoothing: share of the target that is spread over all classes.
+
+    Attributes:
+        classes: number of classes.
     """
 
     def __init__(
@@ -244,6 +247,7 @@ class ImagenetteData(ResidentImages):
         self.edge, self.crop, self.area = edge, crop, area
         self.rotation, self.shear, self.color = np.deg2rad(rotation), shear, color
         self.erasing, self.mixing, self.mixup_alpha, self.smoothing = erasing, mixing, mixup_alpha, smoothing
+        self.classes = len(imagenette.Imagenette.labels)
 
     def setup(self, stage: str | None = None) -> None:
         for split in ("train", "val"):
@@ -259,7 +263,7 @@ class ImagenetteData(ResidentImages):
     def distorted(self, images: Tensor, targets: Tensor) -> Batch:
         items, device = images.shape[0], images.device
         source, size = (self.edge, self.edge), (self.crop, self.crop)
-        wanted = F.one_hot(targets, len(imagenette.Imagenette.labels)).float()
+        wanted = F.one_hot(targets, self.classes).float()
         if self.plain:
             maps = augmentation.crop_maps(
                 torch.full((items, 2), self.crop / self.edge, device=device), source

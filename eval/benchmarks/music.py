@@ -56,7 +56,7 @@ RATE, CHANNELS = 44100, 2
 TARGETS = (12.0, 18.0, 66.0)
 """Kilobits a second."""
 
-CODECS = ("wavelet-stereo-5x", "wavelet-stereo-20x")
+CODECS = ("wavelet-stereo-2x", "wavelet-stereo-5x", "wavelet-stereo-20x")
 
 REFERENCE = "opus"
 OTHERS = ("vorbis", "mp3-abr")

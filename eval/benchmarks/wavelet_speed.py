@@ -54,7 +54,7 @@ from compand.sounds import Sound, read_sound, resample
 from compand.weights import build
 
 IMAGE_CODECS = ("wavelet-rgb-16x", "wavelet-rgb-4x")
-SOUND_CODECS = ("wavelet-stereo-20x", "wavelet-stereo-5x")
+SOUND_CODECS = ("wavelet-stereo-20x", "wavelet-stereo-5x", "wavelet-stereo-2x")
 
 WEBP_QUALITY, WEBP_METHOD = 80, 4
 """Pillow's defaults."""

@@ -267,7 +267,10 @@ def test_a_synthesis_trained_alone_decodes_the_same_files(checkpoint_of, tmp_pat
     assert learning and all(name.startswith("transform.synthesis") for name in learning)
 
     export.export(codec, tmp_path / "large-v1", [], "cpu", info)
-    reference, large = compand.load(info.path, device="cpu"), compand.load(tmp_path / "large-v1", device="cpu")
+    reference, large = (
+        compand.load(info.path, device="cpu"),
+        compand.load(tmp_path / "large-v1", device="cpu"),
+    )
     assert large.info.symbols == info.symbols and large.info.synthesis != info.synthesis
     data = reference.encode(scenery[:64, :96], quality=3)
     assert torch.equal(large.latents(data), reference.latents(data))

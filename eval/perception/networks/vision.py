@@ -24,11 +24,16 @@ def as_batch(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
 
 
 def convolution(
-    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, activation: bool = True
+    inputs: int,
+    outputs: int,
+    kernel: int | tuple[int, int] = 3,
+    stride: int | tuple[int, int] = 1,
+    activation: bool = True,
 ) -> nn.Sequential:
     """Convolution without bias, batch norm and, if wanted, ReLU."""
+    rows, columns = (kernel, kernel) if isinstance(kernel, int) else kernel
     layers: list[nn.Module] = [
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
+        nn.Conv2d(inputs, outputs, (rows, columns), stride, (rows // 2, columns // 2), bias=False),
         nn.BatchNorm2d(outputs),
     ]
     return nn.Sequential(*layers, nn.ReLU(inplace=True)) if activation else nn.Sequential(*layers)
@@ -48,19 +53,27 @@ class SqueezeExcitation(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, a squeeze-and-excitation gate and a shortcut that averages where it reduces (ResNet-D).
+    """Two convolutions, a squeeze-and-excitation gate and a shortcut that averages where it reduces (ResNet-D).
 
     Args:
         inputs, outputs: channels.
         stride: 1 or 2.
         drop_path: probability with which the branch is left out for an item in training (stochastic depth).
+        kernel: extent of the convolutions; (1, n) serves signals of one row.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int, drop_path: float) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        drop_path: float,
+        kernel: int | tuple[int, int] = 3,
+    ) -> None:
         super().__init__()
         self.branch = nn.Sequential(
-            convolution(inputs, outputs, stride=stride),
-            convolution(outputs, outputs, activation=False),
+            convolution(inputs, outputs, kernel, stride),
+            convolution(outputs, outputs, kernel, activation=False),
             SqueezeExcitation(outputs),
         )
         shortcut: list[nn.Module] = []
