@@ -139,9 +139,9 @@ class Quantiser:
         return self.codec.bottleneck.quantise(y, self.level).clamp(-LIMIT, LIMIT - 1).short()
 
     def latents(self, integers: Tensor) -> Tensor:
-        """The values that integers [batch, M, h, w] stand for, float32."""
+        """The values that integers [batch, M, h, w], clamped, stand for, float32."""
         channel = torch.arange(integers.shape[1], device=integers.device)[:, None, None]
-        return self.values[channel, integers.long() + LIMIT]
+        return self.values[channel, integers.long().clamp(-LIMIT, LIMIT - 1) + LIMIT]
 
     def preview(self, latents: Tensor) -> Tensor:
         """What the linear part of synthesis makes of latents: samples [batch, C, H, W], not clamped."""

@@ -357,16 +357,17 @@ def learn_tables(integers: Iterable[Integers], *, axes: int = 2) -> bytes:
     Raises:
         UsageError: no rows, or rows of different channels.
     """
-    rows = [item for item in integers if item.size]
-    if not rows:
+    layouts: list[Layout] = []
+    planes: list[NDArray[np.int8]] = []
+    for item in integers:
+        if item.size:
+            layouts.append(layout_of(item.shape, axes))
+            planes.append(np.clip(item, -127, 127).astype(np.int8).reshape(layouts[-1][:4]))
+    if not planes:
         raise UsageError("there are no rows to learn tables from: pack something that can be read")
-    if len({item.shape[-axes - 1] for item in rows}) > 1:
+    if len({layout.channels for layout in layouts}) > 1:
         raise UsageError("rows have different numbers of channels: pack one medium and codec at a time")
-    planes = [
-        np.clip(item, -127, 127).astype(np.int8).reshape(layout_of(item.shape, axes)[:4]) for item in rows
-    ]
     predicted = _choose_predicted(planes)
-    layouts = [layout_of(item.shape, axes) for item in rows]
     blocks = np.concatenate(
         [_to_blocks(_predicted(x, predicted), each) for x, each in zip(planes, layouts, strict=True)], axis=1
     )

@@ -215,7 +215,7 @@ def code_list(spec: PackSpec, records: Sequence[Record]) -> Block:
     return _code(spec, (_read(spec, record) for record in records))
 
 
-def integers(spec: PackSpec, records: Sequence[Record]) -> Iterator[NDArray[np.int32]]:
+def integers(spec: PackSpec, records: Sequence[Record]) -> Generator[NDArray[np.int32], None, None]:
     """The integers of the records that can be read and coded."""
     codec = _coder(spec).codec
     with closing(_read_ahead(spec, records, 1)) as items:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from compand import registry
 from compand.errors import PackedSetError, UsageError
 from compand.registry import QUALITY_STEPS
 
@@ -24,6 +25,12 @@ GEOMETRY = {"image": ("height", "width", "channels"), "audio": ("samples", "rate
 
 MAX_INTEGERS = 1 << 28
 """Most integers of a row that readers accept, whatever its geometry claims: bounds their memory."""
+
+
+def _layout(checkpoint: CheckpointInfo) -> dict[str, Any]:
+    """The layout of latents where config.json does not tell it, as in the first releases: asks the codec, unloaded."""
+    codec = registry.by_name(checkpoint.codec).load_class()
+    return codec.from_architecture(checkpoint.architecture, trainable=False).latent_layout()
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,6 @@ class SetInfo:
         low, high = checkpoint.qualities
         if not low <= quality <= high:
             raise UsageError(f"quality {quality:g} does not exist: choose {low:g} to {high:g}")
-        if checkpoint.latent is None:
-            raise UsageError(f"{checkpoint.name} does not tell the layout of its latents: export it again")
         return cls(
             checkpoint=checkpoint.name,
             symbols=checkpoint.symbols.hex(),
@@ -91,7 +96,7 @@ class SetInfo:
             quality=round(quality * QUALITY_STEPS),
             profile=profile,
             compression=compression or ("zstd" if profile == "train" else None),
-            latent=dict(checkpoint.latent),
+            latent=dict(checkpoint.latent or _layout(checkpoint)),
             classes=None if classes is None else tuple(classes),
             tables=tables,
         )
@@ -137,7 +142,8 @@ class SetInfo:
             columns = math.ceil(math.ceil(size[0] * ratio) / stride)
             groups = -(-size[2] // int(self.latent["group"]))
             shape = (channels, columns) if groups == 1 else (groups, channels, columns)
-        count = math.prod(shape)
+        edges = 2 * int(self.latent.get("edge", 0)) // stride
+        count = math.prod(shape[:-1]) * (shape[-1] + edges)
         if count > MAX_INTEGERS:
             raise PackedSetError(
                 f"a row claims {count} integers, beyond the limit of {MAX_INTEGERS}: the set is damaged"
@@ -179,6 +185,11 @@ class SetInfo:
                 raise ValueError(info.medium)
             if info.medium == "audio" and latent["rate"] is not None and int(latent["rate"]) < 1:
                 raise ValueError(latent["rate"])
+            if int(latent["axes"]) != (2 if info.medium == "image" else 1):
+                raise ValueError(latent["axes"])
+            edge = int(latent.get("edge", 0))
+            if edge < 0 or edge % int(latent["stride"]) or (edge and info.medium == "image"):
+                raise ValueError(edge)
             bytes.fromhex(info.symbols), bytes.fromhex(info.synthesis)
         except PackedSetError:
             raise

@@ -37,7 +37,10 @@ def run_local(packing: Packing, *, jobs: int = 1, progress: Progress | None = No
         return
     with closing(_pooled(spec, todo, jobs)) as blocks:
         for index, records in todo:
-            pack_chunk(spec, index, records, islice(blocks, -(-len(records) // encoder.BLOCK)), progress)
+            own = islice(blocks, -(-len(records) // encoder.BLOCK))
+            pack_chunk(spec, index, records, own, progress)
+            for _ in own:
+                pass  # of a chunk that was finished elsewhere meanwhile
 
 
 def _on_cpu(device: str) -> bool:

@@ -12,12 +12,14 @@ import hashlib
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from compand import files
 from compand.data import encoder, storage
@@ -36,12 +38,13 @@ PLAN = "packing.json"
 JOURNAL = ".packing"
 """Folder of the reports of finished chunks."""
 
-REPORT = re.compile(r"\d{5,}\.json")
-
 FAILURES = "failures.csv"
 
 FITTED = 512
 """Inputs, at most, on which the tables of the archive profile are fitted."""
+
+FITTED_INTEGERS = 1 << 26
+"""Integers, about at most, of these inputs: long sounds would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,7 @@ def start(
         UsageError: a value is out of range; the target holds something else, or a set with other settings.
         CheckpointError: no such checkpoint.
     """
-    from compand.checkpoint import find
+    from compand.checkpoint import find, load
 
     if order not in ("hashed", "sorted"):
         raise UsageError(f"order {order} does not exist: choose hashed or sorted")
@@ -246,6 +249,8 @@ def start(
         raise UsageError(f"shards of {shard_mb:g} MB and {rows_per_shard} rows cannot be written: give more")
     target = storage.normal(target)
     checkpoint = find(codec)
+    if checkpoint.latent is None:  # an old one, whose codec knows
+        checkpoint = replace(checkpoint, latent=load(codec, device="cpu").latent_layout())
     info = SetInfo.of(
         checkpoint, quality=quality, profile=profile, compression=compression if profile == "train" else None
     )
@@ -314,7 +319,16 @@ def _fitted(spec: PackSpec, records: Sequence[Record]) -> PackSpec:
     """With the tables of the archive profile, learned from the first inputs."""
     from compand.data.payload import learn_tables
 
-    tables = learn_tables(encoder.integers(spec, records), axes=spec.info.latent["axes"])
+    def some() -> Iterator[NDArray[np.int32]]:
+        count = 0
+        with closing(encoder.integers(spec, records)) as rows:
+            for item in rows:
+                yield item
+                count += item.size
+                if count >= FITTED_INTEGERS:
+                    return
+
+    tables = learn_tables(some(), axes=spec.info.latent["axes"])
     return replace(spec, info=spec.info.with_tables(tables))
 
 

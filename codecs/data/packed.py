@@ -108,6 +108,7 @@ class ShardWriter:
             write_statistics=False,
             data_page_size=1 << 30,
             data_page_version="1.0",
+            write_page_checksum=True,
         )
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -166,6 +167,7 @@ class _Page(NamedTuple):
     stop: int
     size: int  # bytes when decompressed
     values: int
+    crc: int | None  # of the bytes from start to stop, with a sign
 
 
 class _Column(NamedTuple):
@@ -194,7 +196,9 @@ class Shard:
             with open(path, "rb") as stream:
                 self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             self._view = memoryview(self._map)
-            self._file = pq.ParquetFile(pa.BufferReader(self._view), pre_buffer=False)
+            self._file = pq.ParquetFile(
+                pa.BufferReader(self._view), pre_buffer=False, page_checksum_verification=True
+            )
             schema = self._file.schema_arrow
         except FileNotFoundError:
             raise PackedSetError(
@@ -245,7 +249,10 @@ class Shard:
         """A column of a row group: an array of numbers where it is one without nulls, else of Arrow."""
         found = self._numbers.get((name, group))
         if found is None:
-            found = self._numbers[name, group] = self._read_values(name, group)
+            found = self._read_values(name, group)
+            if len(found) != self.starts[group + 1] - self.starts[group]:
+                raise self._damage(f"row group {group} has {len(found)} values in column {name}")
+            self._numbers[name, group] = found
         return found
 
     def value(self, name: str, row: int) -> Any:
@@ -325,13 +332,14 @@ class Shard:
                 header, start = _read_struct(self._view, place, stop)
                 kind, size, stored = header[1], header[2], header[3]
                 count, encoding = header[5][1], header[5][2]
-            except (IndexError, KeyError, TypeError):
+                crc = header.get(4)
+            except (IndexError, KeyError, TypeError, RecursionError):
                 raise self._damage(f"column {name} has no page header at {place}") from None
             if kind != 0 or encoding != 0 or (chunk.compression == "UNCOMPRESSED" and size != stored):
                 return None
             if not (0 < count <= values and 0 <= stored <= stop - start and size >= 0):
                 raise self._damage(f"column {name} has a page of impossible size at {place}")
-            pages.append(_Page(start, start + stored, size, count))
+            pages.append(_Page(start, start + stored, size, count, crc))
             place, values = start + stored, values - count
         if values:
             raise self._damage(f"column {name} lacks {values} values")
@@ -357,6 +365,8 @@ class Shard:
                         raise self._damage(f"column {name} has a page of impossible size at {page.start}")
                     return self._file.read_row_group(group, columns=[name], use_threads=False).column(0)
                 content: Any = self._view[page.start : page.stop]
+                if page.crc is not None and zlib.crc32(content) != page.crc & 0xFFFFFFFF:
+                    raise self._damage(f"column {name} does not match its checksum at {page.start}")
                 if compressed:
                     content = pa.decompress(content, page.size, codec="zstd")
                 if bytes(content[: len(levels)]) != levels:
@@ -420,14 +430,15 @@ class PackedReader:
         self._reads = 0
         self._read_from: set[int] = set()
         self._counts: list[int] | None = None
+        described: SetInfo | None = None
         if isinstance(path, (str, Path)) and Path(path).is_dir():
-            self.shards, self._counts = _read_index(Path(path))
+            self.shards, self._counts, described = _read_index(Path(path))
         else:
             self.shards = [Path(path)] if isinstance(path, (str, Path)) else [Path(one) for one in path]
         if not self.shards:
             raise PackedSetError("no shard was named: give the folder of a packed set")
         first = Shard(self.shards[0])
-        self.info, self.columns = first.info, first.columns
+        self.info, self.columns = described or first.info, first.columns
         if self._counts is None:
             self._counts = [first.rows, *(self._opened(index).rows for index in range(1, len(self.shards)))]
         self.starts: list[int] = [0, *np.cumsum(self._counts, dtype=np.int64).tolist()]
@@ -578,8 +589,8 @@ def check_set(path: str | Path | Sequence[str | Path]) -> list[PackedSetError]:
     return faults
 
 
-def _read_index(folder: Path) -> tuple[list[Path], list[int]]:
-    """Shards of a set and their rows, from its index."""
+def _read_index(folder: Path) -> tuple[list[Path], list[int], SetInfo | None]:
+    """Shards of a set, their rows, and what the shards should agree on, from its index."""
     path = folder / INDEX
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -592,6 +603,7 @@ def _read_index(folder: Path) -> tuple[list[Path], list[int]]:
         ]
         if any("/" in name or "\\" in name or rows < 1 for name, rows, _ in entries):
             raise ValueError("a shard lies elsewhere or has no rows")
+        described = SetInfo.from_json(content["compand"]) if "compand" in content else None
     except FileNotFoundError:
         fact = f"{folder} is no finished packed set, it has no {INDEX}"
         raise PackedSetError(f"{fact}: run compand pack again, which goes on where it stopped") from None
@@ -611,7 +623,7 @@ def _read_index(folder: Path) -> tuple[list[Path], list[int]]:
         if found != size:
             fact = f"{shard} has {found} bytes, the index says {size}: it is cut short or was changed"
             raise PackedSetError(f"{fact}; restore it or pack the set again", shard=name)
-    return [folder / name for name, _, _ in entries], [rows for _, rows, _ in entries]
+    return [folder / name for name, _, _ in entries], [rows for _, rows, _ in entries], described
 
 
 def _line(error: Exception) -> str:

@@ -92,7 +92,10 @@ def pack(
     available = max(int(resources.get("GPU" if on_gpu else "CPU", 1)), 1)
     actors = min(workers or available, available, len(todo))
     spec = replace(
-        packing.spec, target=_anywhere(packing.spec.target), codec=_anywhere_codec(packing.spec.codec)
+        packing.spec,
+        # Workers may be in another folder.
+        target=storage.absolute(packing.spec.target),
+        codec=_anywhere_codec(packing.spec.codec),
     )
     with _quiet(ray.data.DataContext.get_current()):
         indexes = [{"index": index} for index, _ in todo]
@@ -110,11 +113,6 @@ def pack(
     return packing.finish()
 
 
-def _anywhere(place: str) -> str:
-    """A local path that does not depend on a process's folder; workers may be in another one."""
-    return place if storage.is_remote(place) else os.path.abspath(place)
-
-
 def _anywhere_codec(name: str) -> str:
     """A released name as it is, a folder by a path that does not depend on a process's folder."""
     folder = os.path.abspath(name)
@@ -122,7 +120,7 @@ def _anywhere_codec(name: str) -> str:
 
 
 def _found(records: Sequence[Record]) -> list[Record]:
-    return [replace(record, place=_anywhere(record.place)) for record in records]
+    return [replace(record, place=storage.absolute(record.place)) for record in records]
 
 
 def _reports(packed: Any) -> Iterator[ChunkReport]:

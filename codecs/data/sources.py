@@ -93,10 +93,12 @@ class Source:
     columns: pa.Schema
 
     def digest(self) -> str:
-        """A fingerprint of keys, order and columns: whether an interrupted packing goes on with the same inputs."""
+        """A fingerprint of keys, places, order and columns: whether an interrupted packing goes on with the same
+        inputs."""
         state = hashlib.sha256(repr((self.classes, str(self.columns))).encode())
         for record in self.records:
-            state.update(repr((record.key, sorted(record.columns.items()))).encode())
+            place = (storage.absolute(record.place), record.group, record.row)
+            state.update(repr((record.key, place, sorted(record.columns.items()))).encode())
         return state.hexdigest()[:16]
 
 
@@ -341,7 +343,7 @@ def _integer(text: str) -> int:
 
 
 def _number(text: str) -> float:
-    if text[:1] == "0" and text[1:2].isdigit():
+    if (text[:1] == "0" and text[1:2].isdigit()) or "_" in text:  # 84_1211 is a name too
         raise ValueError(text)
     return float(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,41 +90,52 @@ def latent_stem(
     from compand.data.packed import PackedReader
 
     if isinstance(source, Codec):
-        items, layout = _of_noise(source, field, quality), source.latent_layout()
+        parts: Iterable[Tensor] = _of_noise(source, field, quality)
+        layout = source.latent_layout()
     elif isinstance(source, PackedReader) or Path(source).exists():
         reader = source if isinstance(source, PackedReader) else PackedReader(source)
-        items, layout = _of_rows(reader, field, rows), dict(reader.info.latent)
+        parts, layout = _of_rows(reader, field, rows), dict(reader.info.latent)
     else:
         from compand.checkpoint import load
 
         codec = load(str(source), device="cpu")
-        items, layout = _of_noise(codec, field, quality), codec.latent_layout()
-    mean, deviation = items.mean(1), items.std(1, correction=0)
+        parts, layout = _of_noise(codec, field, quality), codec.latent_layout()
+    mean, deviation = _statistics(parts, layout["channels"])
     return LatentStem(mean, deviation, layout["stride"], layout["axes"], width)
 
 
-def _of_rows(reader: PackedReader, field: str, rows: int) -> Tensor:
-    """Values of some rows of a set, [M, values]."""
+def _statistics(parts: Iterable[Tensor], channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of every channel of parts [M, values], one of which is held at a time."""
+    count, total, squares = 0, *torch.zeros(2, channels, dtype=torch.float64)
+    for part in parts:
+        values = part.double()
+        count += values.shape[1]
+        total += values.sum(1)
+        squares += values.square().sum(1)
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp(min=0).sqrt()
+
+
+def _of_rows(reader: PackedReader, field: str, rows: int) -> Iterator[Tensor]:
+    """Values of some rows of a set, [M, values] each."""
     from compand.data.payload import RowCodec
 
     if not len(reader):
         raise UsageError("the set has no rows: there is nothing to measure")
     coder, channels = RowCodec(reader.info), int(reader.info.latent["channels"])
     count = min(rows, len(reader))
-    parts = []
     for i in range(count):
         index = i * len(reader) // count
         shape = reader.info.latent_shape(reader.row(index, reader.info.geometry))
         read: Any = coder.latents if field == "latents" else coder.decode
         values = torch.from_numpy(read(reader.payload(index), shape).astype("float32"))
         grouped = values.reshape(-1, *shape[-1 - int(reader.info.latent["axes"]) :])
-        parts.append(grouped.transpose(0, 1).reshape(channels, -1))
-    return torch.cat(parts, 1).double()
+        yield grouped.transpose(0, 1).reshape(channels, -1)
 
 
 @torch.no_grad()
-def _of_noise(codec: Codec, field: str, quality: float) -> Tensor:
-    """Values of what the codec makes of coloured noise, [M, values]."""
+def _of_noise(codec: Codec, field: str, quality: float) -> list[Tensor]:
+    """Values of what the codec makes of coloured noise, [M, values], as one part."""
     from compand.audio_codec import AudioCodec
 
     level = codec.quality_units(quality)
@@ -141,7 +153,7 @@ def _of_noise(codec: Codec, field: str, quality: float) -> Tensor:
             picture.clamp(0, 1).to(codec.device), torch.tensor([level], device=codec.device)
         )
     values = codec.bottleneck.quantise(y, level) if field == "tokens" else y
-    return values.transpose(0, 1).flatten(1).cpu().double()
+    return [values.transpose(0, 1).flatten(1).cpu()]
 
 
 def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

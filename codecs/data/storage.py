@@ -32,6 +32,11 @@ def is_remote(place: str) -> bool:
     return "://" in place
 
 
+def absolute(place: str) -> str:
+    """A local place that does not depend on a process's folder; URLs as they are."""
+    return place if is_remote(place) else os.path.abspath(place)
+
+
 def join(place: str, *names: str) -> str:
     """A place below another; an absolute name replaces it."""
     if is_remote(place) and not any(is_remote(name) or name.startswith("/") for name in names):
@@ -177,7 +182,8 @@ def _system(place: str) -> tuple[Any, str]:
             f'{place} needs fsspec: pip install "compand[ray]", or copy it to a local folder'
         ) from None
     try:
-        system, path = fsspec.core.url_to_fs(place)
+        # Without caches of listings: others write to the same folders.
+        system, path = fsspec.core.url_to_fs(place, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         raise UsageError(
             f"{place} cannot be opened ({' '.join(str(error).split())}): install what it needs"

@@ -386,6 +386,8 @@ def test_mixed_sizes_are_refused_padded_or_sorted(mixed: Path) -> None:
         kept = padded["latents"][number][:, padded["latents_mask"][number]]
         assert torch.equal(kept, whole.flatten(1))
     assert not padded["latents"].masked_select(~padded["latents_mask"][:, None]).any()
+    alike = Collate("pad")(dataset.__getitems__([0, 3]))
+    assert alike["latents_mask"].shape == (2, 8, 8) and alike["tokens_mask"].all()
     buckets = Collate("bucket")(rows)
     assert [len(bucket["key"]) for bucket in buckets] == [3, 3, 2]
     for bucket in buckets:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -132,6 +133,19 @@ def test_processes_change_nothing(pictures, tmp_path):
     assert content(tmp_path / "one") == content(tmp_path / "two")
     assert [rows for rows, _, _, _ in calls] == [8, 8, 8, 6]
     assert sum(size for _, size, _, _ in calls) == packing.finish().payload_bytes
+
+
+def test_a_chunk_that_another_process_finished_meanwhile(pictures, tmp_path):
+    """Its rows, which were coded here as well, must not become those of the next chunk."""
+    packed(pictures, tmp_path / "whole")
+    packing = begin(pictures, tmp_path / "set")
+
+    def elsewhere(*_: float) -> None:
+        pack.pack_chunk(packing.spec, 1, packing.records(1))
+
+    local_engine.run_local(packing, jobs=2, progress=elsewhere)
+    packing.finish()
+    assert content(tmp_path / "set") == content(tmp_path / "whole")
 
 
 def test_shards_are_bounded(pictures, tmp_path):
@@ -266,6 +280,9 @@ def test_other_settings_or_inputs_do_not_go_on(pictures, tmp_path):
         begin(pictures, tmp_path / "set", order="sorted")
     with pytest.raises(UsageError, match="a set of other inputs"):
         begin(pictures / "china", tmp_path / "set")
+    shutil.copytree(pictures, tmp_path / "copy")
+    with pytest.raises(UsageError, match="a set of other inputs"):
+        begin(tmp_path / "copy", tmp_path / "set")  # of the same names, perhaps of other pictures
     packed(pictures, tmp_path / "set")
     with pytest.raises(UsageError, match="quality 96, not 80"):
         begin(pictures, tmp_path / "set", quality=2.5)
@@ -342,7 +359,12 @@ def test_urls(pictures, tmp_path):
     assert packed("memory://pack-in", "memory://pack-out/set").rows == 30
     packed(pictures, tmp_path / "set")
     found = {path.rpartition("/")[2]: memory.cat_file(path) for path in memory.find("/pack-out")}
-    assert found == content(tmp_path / "set")
+    expected = content(tmp_path / "set")
+    # The index says which inputs it was.
+    assert (
+        json.loads(found.pop("packed.json"))["rows"] == json.loads(expected.pop("packed.json"))["rows"] == 30
+    )
+    assert found == expected
 
 
 # ------------------------------------------------------------------------------------------------ unpacking
@@ -438,3 +460,10 @@ def test_webdataset(codec, pictures, tmp_path):
                     assert data == bytes(row["payload"])
                 index += 1
         assert index == 30
+
+
+@pytest.mark.parametrize("profile", ["train", "cpd"])
+def test_a_codec_whose_checkpoint_tells_no_layout(pictures, tmp_path, profile):
+    assert packed(pictures, tmp_path / "set", codec="hyperprior", profile=profile).rows == 30
+    reader = PackedReader(tmp_path / "set")
+    assert reader.info.latent_shape({"height": 48, "width": 64, "channels": 3}) == (256, 3, 4)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import compand
 from compand.data.info import SetInfo
 from compand.data.packed import INDEX, PackedReader, Shard, ShardWriter, check_set
 from compand.data.payload import RowCodec
@@ -381,6 +382,39 @@ def test_no_byte_of_a_shard_brings_down_its_reader(tmp_path):
     assert told > 50
 
 
+def test_no_bit_of_a_page_changes_a_value(tmp_path):
+    """Labels and keys have no checksum in the row; their pages have one."""
+    rows = [record(number) for number in range(12)]
+    path = tmp_path / "a.parquet"
+    write_shard(path, rows, group_rows=6)
+    content = path.read_bytes()
+    pages = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    generator = np.random.default_rng(0)
+    told = 0
+    for _ in range(400):
+        damaged = bytearray(content)
+        damaged[int(generator.integers(4, pages))] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged)
+        reader = PackedReader(path)
+        try:
+            for index, row in enumerate(rows):
+                same(reader.row(index), row)
+        except PackedSetError as error:
+            told += 1
+            assert "a.parquet" in str(error)
+    assert told > 350
+
+
+def test_the_first_shard_is_held_against_the_index(packed):
+    folder, _ = packed
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps(index | {"compand": INFO.to_json()}))
+    assert PackedReader(folder).info == INFO
+    (folder / INDEX).write_text(json.dumps(index | {"compand": INFO.to_json() | {"quality": 97}}))
+    with pytest.raises(PackedSetError, match=r"another set \(quality 96, not 97\).*part-00000-0"):
+        PackedReader(folder)
+
+
 # ------------------------------------------------------------------------------------------ description
 
 
@@ -405,6 +439,8 @@ def test_descriptions_come_back():
         {"profile": "cpd"},
         {"symbols": "xyz"},
         {"latent": {"channels": 0, "stride": 8, "axes": 2}},
+        {"latent": {"channels": 4, "stride": 8, "axes": 1}},
+        {"latent": {"channels": 4, "stride": 8, "axes": 2, "edge": 8}},
         {"latent": {}},
         {"latent": None},
         {"tables": "%%%"},
@@ -431,3 +467,11 @@ def test_import_without_torch():
 
     code = "import sys, compand.data.packed as p; p.PackedReader; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_release_that_does_not_tell_its_layout():
+    """The first checkpoints do not say what their latents look like, and never change."""
+    info = compand.checkpoint.find("hyperprior-v1")
+    assert info.latent is None
+    described = SetInfo.of(info, quality=4)
+    assert described.latent == {"channels": 256, "stride": 16, "axes": 2}

@@ -126,8 +126,11 @@ def test_a_csv_manifest_keeps_its_columns(tmp_path):
 
 def test_numbers_that_begin_with_zero_are_names(tmp_path):
     path = tmp_path / "list.csv"
-    path.write_text("path,id,part\na.png,007,0.5\nb.png,008,0\n")
-    assert table(listed(path)) == {"a": {"id": "007", "part": 0.5}, "b": {"id": "008", "part": 0.0}}
+    path.write_text("path,id,part,take\na.png,007,0.5,84_12\nb.png,008,0,84_13\n")
+    assert table(listed(path)) == {
+        "a": {"id": "007", "part": 0.5, "take": "84_12"},
+        "b": {"id": "008", "part": 0.0, "take": "84_13"},
+    }
 
 
 def test_a_jsonl_manifest_with_named_columns(tmp_path):
