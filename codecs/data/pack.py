@@ -241,7 +241,7 @@ def start(
         UsageError: a value is out of range; the target holds something else, or a set with other settings.
         CheckpointError: no such checkpoint.
     """
-    from compand.checkpoint import find, load
+    from compand.checkpoint import find
 
     if order not in ("hashed", "sorted"):
         raise UsageError(f"order {order} does not exist: choose hashed or sorted")
@@ -249,8 +249,6 @@ def start(
         raise UsageError(f"shards of {shard_mb:g} MB and {rows_per_shard} rows cannot be written: give more")
     target = storage.normal(target)
     checkpoint = find(codec)
-    if checkpoint.latent is None:  # an old one, whose codec knows
-        checkpoint = replace(checkpoint, latent=load(codec, device="cpu").latent_layout())
     info = SetInfo.of(
         checkpoint, quality=quality, profile=profile, compression=compression if profile == "train" else None
     )

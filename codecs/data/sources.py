@@ -116,7 +116,7 @@ def list_source(
 
     - A folder of folders: their names, sorted, are the classes. Keys are paths below the folder, without suffix where
       that leaves them unique.
-    - Any other folder: its files and those of its subfolders.
+    - A flat folder: its files. One that holds files beside folders with files is refused.
     - A manifest (.csv, .tsv, .jsonl): column `path` (or `file_name`, or what `media` names), relative to the manifest;
       all other columns are kept.
     - A Parquet file, or a folder of them: a column of bytes, or of structs of bytes and path.
@@ -213,7 +213,14 @@ def _from_folder(
     names = _short_keys(chosen)
     classes = None
     columns: dict[str, Any] = {}
-    if chosen and all("/" in path for path in chosen):
+    loose = [path for path in chosen if "/" not in path]
+    if loose and len(loose) < len(chosen):
+        # Neither a folder of classes nor a flat one: to guess would lose labels, or make some up.
+        raise UsageError(
+            f"{folder} holds {loose[0]} beside folders with files: move it into a folder, or list what is meant in a "
+            "manifest (.csv with a column path)"
+        )
+    if chosen and not loose:
         classes = _classes(folder, chosen, allow_empty_class)
         labels = {name: {"label": number} for number, name in enumerate(classes)}
         columns = {path: labels[path.partition("/")[0]] for path in chosen}

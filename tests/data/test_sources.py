@@ -53,10 +53,16 @@ def test_class_folders_give_labels_and_keys(tmp_path):
 
 
 def test_a_flat_folder_has_no_labels_and_keeps_suffixes_where_needed(tmp_path):
-    touch(tmp_path, "a.png", "b.png", "b.jpg", "sub/c.png")
+    touch(tmp_path, "a.png", "b.png", "b.jpg")
     found = listed(tmp_path)
     assert found.classes is None
-    assert table(found) == {"a": {}, "b.jpg": {}, "b.png": {}, "sub/c": {}}
+    assert table(found) == {"a": {}, "b.jpg": {}, "b.png": {}}
+
+
+def test_a_stray_file_does_not_take_the_labels_away(tmp_path):
+    touch(tmp_path, "cat/a.png", "dog/a.png", "stray.png", "notes.txt")
+    with pytest.raises(UsageError, match=r"holds stray\.png beside folders with files: move it"):
+        listed(tmp_path)
 
 
 def test_an_empty_class_is_an_error_unless_allowed(tmp_path):
