@@ -27,6 +27,11 @@ MAX_INTEGERS = 1 << 28
 """Most integers of a row that readers accept, whatever its geometry claims: bounds their memory."""
 
 
+def shown(name: str, value: Any) -> str:
+    """A fact of a set as messages have it: qualities in levels."""
+    return f"{value / QUALITY_STEPS:g}" if name == "quality" and isinstance(value, int) else str(value)
+
+
 def _layout(checkpoint: CheckpointInfo) -> dict[str, Any]:
     """The layout of latents where config.json does not tell it, as in the first releases: asks the codec, unloaded."""
     codec = registry.by_name(checkpoint.codec).load_class()
@@ -205,5 +210,9 @@ class SetInfo:
         for name, value in own.items():
             if value != others[name]:
                 long = name in ("tables", "classes", "latent")
-                return f"other {name}" if long else f"{name} {value}, not {others[name]}"
+                return (
+                    f"other {name}"
+                    if long
+                    else f"{name} {shown(name, value)}, not {shown(name, others[name])}"
+                )
         return None

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from compand import files
 from compand.data import encoder, storage
 from compand.data.encoder import Block, Row
-from compand.data.info import SetInfo
+from compand.data.info import SetInfo, shown
 from compand.data.packed import INDEX, ShardWriter
 from compand.data.sources import Record, Source, list_source
 from compand.errors import MediaError, PackedSetError, UsageError
@@ -342,8 +342,8 @@ def _difference(earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         if name == "inputs" and other != value:
             return "a set of other inputs"
         if name not in ("compand", "inputs") and other != value:
-            shown = f"{name} {other}, not {value}" if len(f"{other}{value}") < 80 else f"another {name}"
-            return f"a set with {shown}"
+            fact = f"{name} {shown(name, other)}, not {shown(name, value)}"
+            return f"a set with {fact if len(fact) < 90 else f'another {name}'}"
     return "another set"
 
 
