@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from compand.codec import Codec
 from compand.data.packed import PackedReader
 from compand.data.payload import RowCodec
-from compand.data.stem import LatentStem, latent_stem
+from compand.data.stem import LatentExpansion, LatentStem, latent_stem
 from compand.errors import UsageError
 from compand.eval.perception.networks.vision import DEVIATION, MEAN, ResidualBlock, convolution
 from compand.train.audio_tasks import noisy, uniform, warped
@@ -92,6 +92,22 @@ class Fold(nn.Module):
         return blocks.permute(0, 1, 3, 5, 2, 4).reshape(b, -1, h // self.rows, w // self.columns)
 
 
+class Expanded(nn.Module):
+    """Brings stored grids to samples; samples pass, so that training can vary them behind this layer.
+
+    Args:
+        expansion: takes [batch, inputs, h, w], gives [batch, 3, H, W].
+        stored: edges (h, w) of what is stored.
+    """
+
+    def __init__(self, expansion: nn.Module, stored: tuple[int, int]) -> None:
+        super().__init__()
+        self.expansion, self.stored = expansion.requires_grad_(False), stored
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expansion(x.float()) if x.shape[2:] == self.stored else x
+
+
 class ItemLevel(nn.Module):
     """Gives every item a root mean square of 1, so that loudness tells nothing."""
 
@@ -148,10 +164,7 @@ class Quantiser:
         transform = self.codec.transform
         if not isinstance(transform, WaveletTransform):
             return transform.synthesis(latents, self.quality)
-        rows = latents.shape[2] * (transform.stride if transform.dimensions == 2 else 1)
-        bands = transform.synthesis_linear(latents)
-        samples: Tensor = transform.packets.synthesis(bands, (rows, latents.shape[3] * transform.stride))
-        return samples + transform.offset
+        return transform.linear_synthesis(latents)
 
     def decoded(self, latents: Tensor) -> Tensor:
         """Decoded samples, not clamped."""
@@ -172,11 +185,14 @@ class LatentClassification(DescentTraining):
         train_set: the packed training set; says what there is to learn from and what the classes are.
         field: "latents", "tokens" or "samples"; the data module delivers it.
         widths, blocks, drop_path, dropout: see `GridClassifier`.
+        expand: bring latents of pictures back to samples by the network's first layer, which does not learn
+            (`compand.data.LatentExpansion`); the layers for samples follow. More accurate than reading the grid, and
+            items are varied behind that layer, but it needs the layers' arithmetic at full resolution.
         vary: vary the items; latents and tokens of a set of profile cpd, or without an installed codec, cannot be.
         lr, momentum, weight_decay, warmup_steps, minutes: see `DescentTraining`.
 
     Raises:
-        UsageError: the set has no classes, or no such field.
+        UsageError: the set has no classes, or no such field, or its latents cannot be expanded.
         PackedSetError: the set cannot be read.
     """
 
@@ -188,6 +204,7 @@ class LatentClassification(DescentTraining):
         blocks: Sequence[int] = (2, 2, 2),
         drop_path: float = 0.1,
         dropout: float = 0.0,
+        expand: bool = False,
         vary: bool = True,
         lr: float = 0.1,
         momentum: float = 0.9,
@@ -204,6 +221,11 @@ class LatentClassification(DescentTraining):
         self.axes, self.level = int(info.latent["axes"]), info.level
         self._coder = RowCodec(info)
         self._quantiser: Quantiser | None = None
+        self.expansion: LatentExpansion | None = None
+        if expand:
+            if field != "latents":
+                raise UsageError(f"{field} are not expanded: choose field latents")
+            self.expansion = LatentExpansion(self._coder.codec).requires_grad_(False)
         stem, channels = self._stem(reader)
         self.network = GridClassifier(
             stem, channels, self.classes, self.axes, widths, blocks, drop_path, dropout
@@ -211,7 +233,7 @@ class LatentClassification(DescentTraining):
 
     def _stem(self, reader: PackedReader) -> tuple[nn.Module, int]:
         channels, stride = int(reader.info.latent["channels"]), int(reader.info.latent["stride"])
-        if self.field != "samples":
+        if self.field != "samples" and self.expansion is None:
             normalise = latent_stem(reader, self.field)
             return (nn.Sequential(normalise, ItemLevel()) if self.axes == 1 else normalise), channels
         if self.axes == 1:
@@ -235,12 +257,13 @@ class LatentClassification(DescentTraining):
         self.log("val/accuracy", correct.float().mean(), batch_size=len(correct), prog_bar=True)
 
     def varied(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A varied batch: inputs [batch, C, h, w] of the field, and targets [batch, classes] from labels [batch]."""
+        """A varied batch: inputs [batch, C, h, w] of the field, expanded if they are to be, and targets
+        [batch, classes] from labels [batch]."""
         targets = F.one_hot(labels, self.classes).float()
         smoothed = torch.lerp(targets, torch.full_like(targets, 1 / self.classes), SMOOTHING)
         if not self.vary:
             return inputs, smoothed
-        if self.field == "samples":
+        if self.field == "samples" or self.expansion is not None:
             pictures, targets = self._variation(inputs.shape).distorted(inputs, labels)
             return pictures * 255, targets
         quantiser = self._on_device()
@@ -283,6 +306,9 @@ class LatentClassification(DescentTraining):
         return self._quantiser
 
     def _grid(self, batch: dict[str, Any]) -> Tensor:
-        """Inputs of a batch as [batch, C, h, w]; h is 1 for sounds."""
+        """Inputs of a batch as [batch, C, h, w], expanded if they are to be; h is 1 for sounds."""
         inputs: Tensor = batch[self.field]
+        if self.expansion is not None:
+            with torch.autocast(self.device.type, enabled=False):
+                return 255 * self.expansion(inputs)
         return inputs if inputs.ndim == 4 else inputs[:, :, None]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compand.errors import UsageError
 
@@ -57,6 +58,64 @@ class LatentStem(nn.Module):
         normalised = (latents.float() - self.mean.view(shape)) * self.scale.view(shape)
         result: Tensor = self.widen(normalised)
         return result
+
+
+class LatentExpansion(nn.Module):
+    """Turns latents back into samples by one convolution, so that a model for samples reads latents as it is.
+
+    The convolution begins as the linear part of the codec's synthesis and learns with the model, unless its gradients
+    are switched off: it is the input layer of a network that keeps its layers for samples, at a small share of the
+    arithmetic of a decoder. What varies samples in training may follow it.
+
+    ```
+    latents [M, h, w] --convolution--> [C stride^2, h, w] --pixel shuffle--> [C, h stride, w stride]
+    ```
+
+    Args:
+        codec: a codec for pictures whose synthesis has a linear part (the wavelet codecs).
+        kernel: edge of the convolution in latent positions, odd; 5 reaches all but 10^-4 of the energy of a synthesis
+            by bior4.4 at three levels.
+
+    Attributes:
+        channels: channels C of the samples.
+        stride: 1: what comes out has the resolution of samples.
+
+    Raises:
+        UsageError: the codec's synthesis has no linear part, or it codes sounds.
+    """
+
+    def __init__(self, codec: Codec, kernel: int = 5) -> None:
+        super().__init__()
+        from compand.transforms.wavelet import WaveletTransform
+
+        transform = codec.transform
+        if not isinstance(transform, WaveletTransform) or transform.dimensions != 2:
+            raise UsageError(f"{codec.name} has no linear synthesis of pictures: use latent_stem")
+        reach, edge = kernel // 2, transform.stride
+        inputs = transform.latent_channels
+        # Every channel's answer to a 1 in the middle of a grid that is large enough for it to die away.
+        middle = reach + 8
+        grid = torch.zeros(inputs + 1, inputs, 2 * middle + 1, 2 * middle + 1, device=codec.device)
+        grid[range(inputs), range(inputs), middle, middle] = 1
+        with torch.no_grad():
+            samples = transform.linear_synthesis(grid)
+        offset = samples[-1, :, middle * edge : (middle + 1) * edge, middle * edge : (middle + 1) * edge]
+        first, last = (middle - reach) * edge, (middle + reach + 1) * edge
+        answers = (samples[:-1] - samples[-1:])[:, :, first:last, first:last]
+        self.channels, self.stride, self.edge = samples.shape[1], 1, edge
+        parts = answers.reshape(inputs, self.channels, kernel, edge, kernel, edge)
+        # A convolution looks from where it writes; the answers tell what a position writes to.
+        weight = parts.permute(1, 3, 5, 0, 2, 4).flatten(0, 2).flip(2, 3)
+        # Of the simple extensions the one nearest to that of the packets.
+        self.convolution = nn.Conv2d(inputs, len(weight), kernel, padding=reach, padding_mode="replicate")
+        with torch.no_grad():
+            self.convolution.weight.copy_(weight)
+            assert self.convolution.bias is not None
+            self.convolution.bias.copy_(offset.flatten())
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents [batch, M, h, w] -> samples [batch, C, h * stride, w * stride], in [0, 1] at first, not clamped."""
+        return F.pixel_shuffle(self.convolution(latents), self.edge)
 
 
 def latent_stem(

@@ -252,9 +252,18 @@ class WaveletTransform(Transform):
             w = self.synthesis_linear(y_hat.float())
         if self.synthesis_depth:
             w = w + self._network("synthesis", y_hat, quality)
-        rows = y_hat.shape[2] * (self.stride if self.dimensions == 2 else 1)
+        return self._from_bands(w)
+
+    def linear_synthesis(self, y_hat: Tensor) -> Tensor:
+        """What the linear part of `synthesis` alone makes of latents: samples of the same shape, float32."""
         with torch.autocast(y_hat.device.type, enabled=False):
-            x: Tensor = self.packets.synthesis(w, (rows, y_hat.shape[3] * self.stride))
+            return self._from_bands(self.synthesis_linear(y_hat.float()))
+
+    def _from_bands(self, w: Tensor) -> Tensor:
+        """Samples of the bands [batch, bands, h, w]."""
+        rows = w.shape[2] * (self.stride if self.dimensions == 2 else 1)
+        with torch.autocast(w.device.type, enabled=False):
+            x: Tensor = self.packets.synthesis(w, (rows, w.shape[3] * self.stride))
         return x + self.offset if self.offset else x
 
     def _network(self, direction: str, x: Tensor, quality: Tensor) -> Tensor:

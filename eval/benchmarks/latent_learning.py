@@ -9,14 +9,18 @@ learns from
 - logmel (sounds): a log-mel spectrogram of as many values;
 - full: the samples as they are, reduced to the grid of the latents by convolutions with stride;
 - decoded (pictures): the decoded samples of the packed set, as `full`;
+- latents-expanded, reduced-expanded (pictures): the same values, brought back to the full grid by the network's first
+  layer, which does not learn: the codec's linear synthesis as one convolution (`LatentExpansion`), or bicubic
+  enlargement; behind it the layers of `full`;
 - latents-grid, reduced-grid (pictures): as above, varied by shifts, mirroring and mixing alone, see below.
 
 All inputs have the network behind the first layer, steps, batch, rate schedule and targets in common. They are varied
 alike in training: crops of random area and aspect, rotated and sheared, mirroring, color, erasing, mixup and CutMix
 (pictures); speed, shift, filter, noise, mixup and masks in time (sounds). For latents and tokens this is done on what
 the codec's linear synthesis makes of the stored latents, before the codec's analysis and quantiser; originals are not
-seen. `latents-grid` stays on the grid: crops of whole positions, mirrored by a second view made in the same way,
-erasing with zeros, mixup and CutMix; `reduced-grid` does the same to pixels. Test items are read as they are stored.
+seen. What is expanded is varied behind the first layer. `latents-grid` stays on the grid: crops of whole positions,
+mirrored by a second view made in the same way, erasing with zeros, mixup and CutMix; `reduced-grid` does the same to
+pixels. Test items are read as they are stored.
 
 Every difference is tested on the same test items: outcomes are means over seeds, resampled by items (paired bootstrap).
 """
@@ -28,11 +32,9 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -44,19 +46,29 @@ from torch.nn import functional as F
 
 from compand import checkpoint
 from compand.codec import Codec
-from compand.data.stem import LatentStem
+from compand.data.stem import LatentExpansion, LatentStem
 from compand.errors import MediaError, UsageError
 from compand.eval.benchmarks import program
+from compand.eval.benchmarks.sharing import QueuedSteps, devices, on_devices, prepared
 from compand.eval.perception.tasks import imagenette
 from compand.eval.perception.tasks.keywords import Keywords
 from compand.eval.provenance import markdown_table, provenance, write_results
 from compand.image_codec import ImageCodec
 from compand.train import augmentation
 from compand.train.images import read_rgb
-from compand.train.latent_tasks import CROP, Fold, GridClassifier, ItemLevel, Quantiser, strided_stem
+from compand.train.latent_tasks import (
+    CROP,
+    Expanded,
+    Fold,
+    GridClassifier,
+    ItemLevel,
+    Quantiser,
+    strided_stem,
+)
 from compand.train.vision_tasks import ImagenetteData, squared
 
 PICTURE_INPUTS = ("full", "decoded", "latents", "tokens", "reduced")
+EXPANDED_INPUTS = ("latents-expanded", "reduced-expanded")
 GRID_INPUTS = ("latents-grid", "reduced-grid")
 SOUND_INPUTS = ("full", "latents", "tokens", "logmel", "reduced")
 RATE, SECONDS = 16000, 3.2
@@ -264,13 +276,6 @@ class SoundInputs(Inputs):
 # ---------------------------------------------------------------------------------------------------- preparation
 
 
-def _spread(items: Sequence[Any], limit: int | None) -> list[Any]:
-    """At most `limit` items, evenly from all."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    return [items[i * len(items) // limit] for i in range(limit)]
-
-
 @torch.no_grad()
 def picture_inputs(
     root: Path, settings: Settings, names: Iterable[str], device: torch.device, limit: int | None, edge: int
@@ -281,7 +286,7 @@ def picture_inputs(
     stride = codec.transform.stride
     pixels, classes = {}, {}
     for split in ("train", "val"):
-        found = _spread(imagenette.labelled_images(root / split), limit)
+        found = program.spread(imagenette.labelled_images(root / split), limit)
         with ThreadPoolExecutor() as pool:
             read = pool.map(lambda item: squared(read_rgb(item[0]), edge), found)
             stacked = torch.from_numpy(np.stack(list(read)))
@@ -315,13 +320,29 @@ def picture_inputs(
         mean, deviation = statistics(items)
         return lambda: (nn.Sequential(LatentStem(mean, deviation, unit), *more()), outputs)
 
-    def at_full(items: Tensor) -> StemMaker:
-        def convolutions() -> list[nn.Module]:
-            # Strides of 2 down to the grid of the latents.
-            count = round(math.log2(stride))
-            return [strided_stem(3, [32, 64, 96, 128][:count], [2] * count)]
+    # Strides of 2 from samples down to the grid of the latents.
+    stem_widths = [32, 64, 96, 128][: round(math.log2(stride))]
 
-        return normalised(items, 1, convolutions, [32, 64, 96, 128][round(math.log2(stride)) - 1])
+    def at_full(items: Tensor, *first: nn.Module) -> StemMaker:
+        mean, deviation = statistics(items)
+
+        def made() -> tuple[nn.Module, int]:
+            layers = [LatentStem(mean, deviation, 1), strided_stem(3, stem_widths, [2] * len(stem_widths))]
+            return nn.Sequential(*first, *layers), stem_widths[-1]
+
+        return made
+
+    def expanded(stored: dict[str, Tensor], expansion: nn.Module) -> PictureInputs:
+        first = Expanded(expansion, (stored["val"].shape[2], stored["val"].shape[3])).to(device)
+        brought = in_parts(lambda x: first(x).half(), stored["train"])
+        return PictureInputs(
+            brought * 255,
+            targets,
+            {"as stored": stored["val"]},
+            labels,
+            at_full(brought, first),
+            lambda x: x,
+        )
 
     result: dict[str, PictureInputs | GridInputs] = {}
     names = tuple(names)
@@ -339,9 +360,11 @@ def picture_inputs(
             lossy = in_parts(decoded, stored["train"])
             tests = {"as stored": decoded_val, "undamaged": val}
             result[name] = PictureInputs(lossy, targets, tests, labels, at_full(lossy), lambda x: x * 255)
+        elif name == "latents-expanded":
+            latents = {split: in_parts(quantiser.latents, x) for split, x in stored.items()}
+            result[name] = expanded(latents, LatentExpansion(codec))
         elif name == "latents":
-            latents = quantiser.latents(stored["train"])
-            stem = normalised(latents, stride, list, channels)
+            stem = normalised(quantiser.latents(stored["train"]), stride, list, channels)
             tests = {"as stored": quantiser.latents(stored["val"])}
             result[name] = PictureInputs(
                 previews,
@@ -361,6 +384,9 @@ def picture_inputs(
             stem = normalised(views[0], stride, list, channels)
             test = quantiser.latents(stored["val"])
             result[name] = GridInputs(views, targets, test, labels, stem, 1)
+        elif name == "reduced-expanded":
+            fewer_pixels = {split: in_parts(small, x).float() / 255 for split, x in pixels.items()}
+            result[name] = expanded(fewer_pixels, nn.Upsample(scale_factor=factor, mode="bicubic"))
         elif name in ("reduced", "reduced-grid"):
             less = in_parts(small, train)
             stem = normalised(less, factor, lambda: [Fold(fold, fold)], 3 * fold**2)
@@ -406,7 +432,7 @@ def sound_inputs(
 
     full, coded, small, classes = {}, {}, {}, {}
     for split in ("train", "val"):
-        items = _spread(Keywords.labelled(root / split), limit)
+        items = program.spread(Keywords.labelled(root / split), limit)
         with ThreadPoolExecutor() as pool:
             waves = list(pool.map(read, items))
         full[split] = fitted([wave[0] for wave in waves], length)
@@ -506,7 +532,6 @@ class Run:
     def __init__(self, inputs: Inputs, settings: Settings, seed: int) -> None:
         self.inputs, self.settings = inputs, settings
         self.device = inputs.labels.device
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         torch.manual_seed(seed)
         stem, channels = inputs.stem()
         self.network = GridClassifier(
@@ -525,11 +550,8 @@ class Run:
         self.chunk = min(CHUNK, settings.steps)
         self.step = 0
         self.loss: Tensor | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._static: tuple[Tensor, Tensor] | None = None
         self._batches = inputs.batches(self.chunk * settings.batch, seed)
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._steps = QueuedSteps(self.device, self._update, self._rate, self._forget)
 
     @property
     def parameters(self) -> int:
@@ -543,16 +565,12 @@ class Run:
 
     def advance(self) -> None:
         """Queues the next steps."""
-        if self.stream is None:
-            self._advance()
-            return
-        with torch.cuda.stream(self.stream):
+        with self._steps.queue():
             self._advance()
 
     def correct(self, items: Tensor) -> np.ndarray:
         """Which test items are answered correctly, bool [n]."""
-        if self.stream is not None:
-            self.stream.synchronize()
+        self._steps.wait()
         self.network.eval()
         with torch.no_grad(), self._autocast():
             answers = in_parts(lambda x: self.network(_laid_out(x.float())).argmax(1), items, 250)
@@ -569,35 +587,13 @@ class Run:
             warmup = max(settings.share * settings.steps, 1)
             cosine = (1 + math.cos(math.pi * self.step / settings.steps)) / 2
             self._rate.fill_(settings.lr * min((self.step + 1) / warmup, 1) * cosine)
-            self._queue(x, y)
+            self._steps.step(x, y)
             self.step += 1
 
-    def _queue(self, x: Tensor, y: Tensor) -> None:
-        """Queues a step at the present rate."""
-        if self.stream is None:
-            self._update(x, y)
-            return
-        if self._graph is None or self._static is None:
-            self._graph, self._static = self._captured(x, y)
-        self._static[0].copy_(x)
-        self._static[1].copy_(y)
-        self._graph.replay()
-
-    def _captured(self, x: Tensor, y: Tensor) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
-        """A step to be replayed, and where its batch is to be put."""
-        static = x.clone(memory_format=torch.preserve_format), y.clone()
-        rate = self._rate.clone()
-        self._rate.zero_()
-        for _ in range(3):  # kernels are chosen before the capture; the weights stay as they are
-            self._update(*static)
+    def _forget(self) -> None:
         torch._foreach_zero_(self._momenta)
         for p in self._weights:
             p.grad = None
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            self._update(*static)
-        self._rate.copy_(rate)
-        return graph, static
 
     def _update(self, x: Tensor, y: Tensor) -> None:
         """A step of gradient descent with Nesterov momentum; kernels decay, biases and norms do not."""
@@ -623,7 +619,7 @@ class Run:
 
     def _autocast(self) -> torch.autocast:
         # Weights converted once would be stale when a captured step is replayed.
-        return torch.autocast(self.device.type, torch.bfloat16, self.stream is not None, cache_enabled=False)
+        return torch.autocast(self.device.type, torch.bfloat16, self._steps.captured, cache_enabled=False)
 
 
 def _laid_out(x: Tensor) -> Tensor:
@@ -692,10 +688,7 @@ def work(
     edge: int,
 ) -> list[dict[str, Any]]:
     """Prepares the inputs on a device, and trains the jobs. For what is returned see `train`."""
-    place = torch.device(device)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-        torch.backends.cudnn.benchmark = True
+    place = prepared(device)
     start = time.perf_counter()
     inputs: dict[str, dict[str, Any]] = {}
     for task, root in roots.items():
@@ -709,25 +702,6 @@ def work(
         torch.backends.cuda.matmul.allow_tf32 = True
     print(f"{device}: prepared in {time.perf_counter() - start:.0f} s", flush=True)
     return train(jobs, inputs, settings, together)
-
-
-def _work_from_queue(device: str, queue: Any, *arguments: Any) -> list[dict[str, Any]]:
-    return work(device, iter(queue.get, None), *arguments)
-
-
-def trained(devices: Sequence[str], jobs: Sequence[Job], *arguments: Any) -> list[dict[str, Any]]:
-    """Trains the jobs on all devices, each by a process that takes the next job when it has room for one."""
-    if len(devices) == 1:
-        return work(devices[0], iter(deque(jobs)), *arguments)
-    context = get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(len(devices), context) as pool:
-        queue = manager.Queue()
-        for job in jobs:
-            queue.put(job)
-        for _ in devices:
-            queue.put(None)
-        futures = [pool.submit(_work_from_queue, device, queue, *arguments) for device in devices]
-        return [outcome for future in futures for outcome in future.result()]
 
 
 # -------------------------------------------------------------------------------------------------------- report
@@ -806,7 +780,12 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--images", type=Path, help="folder of Imagenette, with train and val")
     add("--keywords", type=Path, help="folder of keywords, with train and val")
-    add("--inputs", nargs="+", default=list(PICTURE_INPUTS), choices=PICTURE_INPUTS + GRID_INPUTS)
+    add(
+        "--inputs",
+        nargs="+",
+        default=list(PICTURE_INPUTS),
+        choices=PICTURE_INPUTS + EXPANDED_INPUTS + GRID_INPUTS,
+    )
     add("--sound-inputs", nargs="+", default=list(SOUND_INPUTS), choices=SOUND_INPUTS)
     add("--codec", default="wavelet-rgb-16x", help="codec of the pictures")
     add("--quality", type=float, default=3.0, help="its quality")
@@ -866,11 +845,10 @@ def main(argv: list[str] | None = None) -> None:
             0.2,
         ),
     }
-    devices = arguments.devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     jobs = [(task, name, seed) for task in roots for name in names[task] for seed in range(arguments.seeds)]
     start = time.perf_counter()
     shared = (roots, names, settings, arguments.together, arguments.limit, arguments.edge)
-    runs = trained(devices, jobs, *shared)
+    runs = on_devices(work, devices(arguments.devices), jobs, *shared)
     print(f"{len(runs)} runs in {time.perf_counter() - start:.0f} s", flush=True)
     data = ", ".join(f"{task}: folders train and val of {root.name}" for task, root in roots.items())
     if arguments.limit is not None:

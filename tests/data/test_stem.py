@@ -10,7 +10,7 @@ import compand
 from compand.data.info import SetInfo
 from compand.data.packed import PackedReader, ShardWriter
 from compand.data.payload import RowCodec
-from compand.data.stem import FLOOR, LatentStem, latent_stem
+from compand.data.stem import FLOOR, LatentExpansion, LatentStem, latent_stem
 from compand.errors import CheckpointError, UsageError
 
 
@@ -90,3 +90,28 @@ def test_what_is_no_source():
         latent_stem("wavelet-rgb-16x", "samples")
     with pytest.raises(CheckpointError):
         latent_stem("no-such-codec")
+
+
+def test_expanded_latents_are_the_linear_synthesis(codec, scenery):
+    integers = codec.quantise(scenery[:256, :320], quality=3)
+    latents = codec.dequantise(integers, quality=3)[None]
+    expansion = LatentExpansion(codec)
+    with torch.no_grad():
+        samples, expected = expansion(latents), codec.transform.linear_synthesis(latents)
+    assert samples.shape == expected.shape == (1, 3, 256, 320) and (expansion.channels, expansion.stride) == (
+        3,
+        1,
+    )
+    # At the borders the transform reflects, the convolution repeats.
+    inside = (slice(None), slice(None), slice(40, -40), slice(40, -40))
+    assert (samples - expected)[inside].abs().max() < 0.02
+    assert (samples - expected).square().mean() < 1e-3
+    picture = torch.from_numpy(scenery[:256, :320].copy()).permute(2, 0, 1)[None] / 255
+    assert (samples - picture)[inside].square().mean() < 0.01
+    assert all(p.requires_grad for p in expansion.parameters())
+
+
+def test_latents_of_sounds_and_of_learned_synthesis_are_not_expanded():
+    for name in ("wavelet-stereo-20x", "hyperprior"):
+        with pytest.raises(UsageError, match="no linear synthesis of pictures: use latent_stem"):
+            LatentExpansion(compand.load(name, device="cpu"))

@@ -143,8 +143,10 @@ def packed_pair(pair, tmp_path_factory) -> Path:
     return packed(pair, tmp_path_factory.mktemp("packed"), "wavelet-rgb-16x", "3")
 
 
-@pytest.mark.parametrize("field", ["latents", "tokens", "samples"])
-def test_config_trains_on_a_packed_set(packed_pair, field, tmp_path):
+@pytest.mark.parametrize(
+    ("field", "expand"), [("latents", False), ("latents", True), ("tokens", False), ("samples", False)]
+)
+def test_config_trains_on_a_packed_set(packed_pair, field, expand, tmp_path):
     small = {
         "trainer.max_steps": 2,
         "trainer.accelerator": "cpu",
@@ -157,6 +159,7 @@ def test_config_trains_on_a_packed_set(packed_pair, field, tmp_path):
         "trainer.enable_checkpointing": "false",
         "model.train_set": packed_pair / "train",
         "model.field": field,
+        "model.expand": str(expand).lower(),
         "model.widths": "[8,16]",
         "model.blocks": "[1,1]",
         "data.train": packed_pair / "train",
@@ -170,6 +173,19 @@ def test_config_trains_on_a_packed_set(packed_pair, field, tmp_path):
     (metrics,) = tmp_path.rglob("metrics.csv")
     lines = metrics.read_text().splitlines()
     assert "val/accuracy" in lines[0] and len(lines) >= 3
+
+
+def test_expanded_latents_are_varied_as_samples(packed_pair):
+    module = LatentClassification(str(packed_pair / "train"), widths=(8,), blocks=(1,), expand=True)
+    latents = module._on_device().latents(torch.randint(-3, 4, (4, 12, 14, 14)))
+    inputs = module._grid({"latents": latents})
+    inside = (..., slice(40, -40), slice(40, -40))
+    assert torch.allclose(inputs[inside] / 255, module._on_device().preview(latents)[inside], atol=0.03)
+    x, y = module.varied(inputs, torch.tensor([0, 1, 1, 0]))
+    assert x.shape == (4, 3, 88, 88) and torch.allclose(y.sum(1), torch.ones(4))
+    assert module.network(x).shape == (4, 2)
+    with pytest.raises(UsageError, match="tokens are not expanded: choose field latents"):
+        LatentClassification(str(packed_pair / "train"), "tokens", expand=True)
 
 
 @pytest.mark.parametrize("field", ["latents", "tokens"])
