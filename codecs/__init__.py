@@ -8,6 +8,7 @@ picture = compand.decode(data)                  # compand.Picture: pixels, alpha
 sound = compand.decode(compand.encode("a.wav")) # compand.Sound: samples, rate; .save("out.wav")
 codec = compand.load("hyperprior")              # a torch module, ready to code
 y_hat = codec.latents(data)                     # dequantised latents, without synthesis
+tokens = codec.tokens(data)                     # of a codec with codebooks: [codebooks, frames] or [height, width]
 stem = compand.latent_stem(codec)               # a torch module: the input layer of a model that reads latents
 compand.available()                             # the checkpoints that ship with this version
 ```
@@ -100,7 +101,9 @@ def encode(source: Any, codec: str | None = None, *, device: str = "auto", **opt
     return load(codec or DEFAULT_CODEC[medium_of(source)], device=device).encode(source, **options)
 
 
-def decode(data: bytes | str | Path, *, device: str = "auto", partial: bool = False) -> Picture | Sound:
+def decode(
+    data: bytes | str | Path, *, device: str = "auto", partial: bool = False, conceal: bool = False
+) -> Picture | Sound:
     """Decodes a .cpd file, given by its bytes or by its path, with the checkpoint that it names.
 
     Returns:
@@ -108,8 +111,10 @@ def decode(data: bytes | str | Path, *, device: str = "auto", partial: bool = Fa
 
     Raises:
         MediaError: there is no such file.
-        BitstreamError: the file is damaged; with `partial`, only if its header is or no part can be decoded.
+        BitstreamError: the file is damaged; with `partial`, only if its header is or no part can be decoded. With
+            `conceal` also what is lost of tokens is estimated.
         CheckpointError: the file needs a checkpoint that is not installed.
+        UsageError: `conceal`, of a codec without tokens.
     """
     from compand.checkpoint import for_header, load
     from compand.coding.container import read_header
@@ -120,6 +125,6 @@ def decode(data: bytes | str | Path, *, device: str = "auto", partial: bool = Fa
             data = path.read_bytes()
         except OSError as error:
             raise MediaError(f"{path} cannot be read: {error.strerror}") from None
-    name = for_header(read_header(data, partial=partial)).name
-    signal: Picture | Sound = load(name, device=device).decode(data, partial=partial)
+    name = for_header(read_header(data, partial=partial or conceal)).name
+    signal: Picture | Sound = load(name, device=device).decode(data, partial=partial, conceal=conceal)
     return signal

@@ -6,6 +6,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -124,6 +125,8 @@ class AudioCodec(Codec):
         rate: int | None = None,
         bpp: float | None = None,
         compact: bool | None = None,
+        packets: int = 0,
+        effort: int = 0,
         progress: Progress | None = None,
     ) -> bytes:
         """Encodes a sound. Files are read block by block and never held whole.
@@ -138,18 +141,25 @@ class AudioCodec(Codec):
             rate: samples a second of an array; None: those of the codec.
             bpp: for images only.
             compact: for images only; sounds have one form of header.
+            packets: of a codec with tokens: stretches of time into which each segment is cut, up to 255. Each has a
+                checksum, so that damage costs the packets that it meets (`decode` with `conceal`) and not the segment.
+                0: none.
+            effort: for images only.
             progress: called with the segments done and of the whole sound (one more than done, where it is not known).
 
         Returns:
             The bytes of a .cpd file.
 
         Raises:
-            UsageError: quality out of range, more than one of quality, kbps and psnr, or no sound.
+            UsageError: quality out of range, more than one of quality, kbps and psnr, packets of a codec without
+                tokens, an effort, or no sound.
             CompandError: no quality reaches the wanted kbps or psnr for this sound.
             MediaError: the source cannot be read, or has no samples, or some that are not numbers.
         """
         if bpp is not None:
             raise UsageError("bpp is for images: give kbps")
+        self._check_packets(packets)
+        self._check_effort(effort)
         if sum(target is not None for target in (quality, kbps, psnr)) > 1:
             raise UsageError("quality, kbps and psnr exclude each other: give one")
         if any(target is not None and math.isnan(target) for target in (kbps, psnr)):
@@ -161,32 +171,41 @@ class AudioCodec(Codec):
                 raise MediaError(f"{fact}: at most {MAX_CHANNELS} can be coded, split it")
             shift = _shift(sound)
             if kbps is None and psnr is None:
-                level = self.quality_units(4.0 if quality is None else quality)
-                return self._encode(sound, level, shift, progress)
-            return self._search(sound, kbps, psnr, shift, progress)
+                level = self.quality_units(min(4.0, self.levels) if quality is None else quality)
+                return self._encode(sound, level, shift, packets, progress)
+            return self._search(sound, kbps, psnr, shift, packets, progress)
 
-    def decode(self, data: bytes, *, partial: bool = False, progress: Progress | None = None) -> Sound:
+    def decode(
+        self, data: bytes, *, partial: bool = False, conceal: bool = False, progress: Progress | None = None
+    ) -> Sound:
         """Decodes a file written by this codec.
 
         Args:
             data: the bytes of a .cpd file.
             partial: decode what is intact; damaged segments come out silent and are listed in `Sound.damage`. Samples
                 within `transform.context` of them differ from those of the intact file.
+            conceal: as `partial`, but of a damaged segment tokens are estimated where packets are lost, as long as one
+                is intact.
             progress: called after each segment.
 
         Raises:
-            BitstreamError: damage (without `partial`), a damaged header, or no segment that is intact.
+            BitstreamError: damage (without `partial` or `conceal`), a damaged header, or no segment that can be
+                decoded.
             CheckpointError: the file needs another checkpoint.
+            UsageError: `conceal`, of a codec without tokens.
         """
-        blocks = self.decode_blocks(data, partial=partial, progress=progress)
+        blocks = self.decode_blocks(data, partial=partial, conceal=conceal, progress=progress)
         samples = np.concatenate(list(blocks), axis=1)
         return Sound(samples, blocks.rate, damage=tuple(blocks.damage))
 
     def decode_blocks(
-        self, data: bytes, *, partial: bool = False, progress: Progress | None = None
+        self, data: bytes, *, partial: bool = False, conceal: bool = False, progress: Progress | None = None
     ) -> DecodedBlocks:
         """As `decode`, block by block: an hour of sound needs no more memory than a minute (beside the file)."""
-        return DecodedBlocks(self, self._read(data, partial), partial, progress)
+        if conceal:
+            self._require_tokens()
+        content = self._read(data, partial or conceal)
+        return DecodedBlocks(self, content, partial or conceal, data if conceal else None, progress)
 
     def check(self, data: bytes, progress: Progress | None = None) -> None:
         content = self._read(data, partial=False)
@@ -207,6 +226,75 @@ class AudioCodec(Codec):
         y_hat = grid[:, :, 0, begin : begin + length]
         return y_hat[0] if len(y_hat) == 1 else y_hat
 
+    def tokens(self, data: bytes) -> Tensor:
+        """The tokens of a file, without synthesis: int64 [codebooks, frames] on the CPU; [groups, codebooks, frames]
+        where the file has more channels than the codec takes at once. There are (n + 2 `edge`) / stride frames, rounded
+        up, for n samples at the codec's rate; tokens of a codebook count from 0 to below `vocabulary[level - 1]`. Those
+        of a quiet sound are of the sound made louder.
+
+        Raises:
+            BitstreamError, CheckpointError: as `decode`.
+            UsageError: this codec has no tokens.
+        """
+        self._require_tokens()
+        content = self._read(data, partial=False)
+        parts = [self._segment_tokens(content, index) for index in range(len(content.chunks))]
+        indices = torch.cat(parts, dim=2)
+        return indices[0] if len(indices) == 1 else indices
+
+    def token_geometry(self, data: bytes) -> dict[str, Any]:
+        """Samples, rate, channels, quality and gain of a file: `detokenize(tokens(data), **token_geometry(data))` has
+        the samples of `decode(data)`."""
+        header = self._read(data, partial=False).header
+        geometry = _geometry(header)
+        return {
+            "samples": geometry.samples,
+            "rate": geometry.sample_rate,
+            "channels": geometry.channels,
+            "quality": header.settings[0] / QUALITY_STEPS,
+            "gain": 2.0 ** -sum(header.settings[1:]),
+        }
+
+    def detokenize(
+        self,
+        tokens: Any,
+        *,
+        samples: int | None = None,
+        rate: int | None = None,
+        channels: int | None = None,
+        quality: float | None = None,
+        gain: float = 1.0,
+    ) -> Sound:
+        """Tokens to a sound within [-1, 1].
+
+        Args:
+            tokens: integers [codebooks, frames] or [groups, codebooks, frames], an array, tensor or nested list.
+            samples: of the sound, at its own rate; None: as many as the frames hold.
+            rate: samples a second of the sound; None: the codec's.
+            channels: of the sound; None: those that the groups hold.
+            quality: that of the tokens; None where the number of codebooks tells it.
+            gain: what samples are multiplied by.
+
+        Raises:
+            UsageError: tokens of another shape, beyond the vocabulary, or of a quality that has to be told; a sound
+                that they are not of.
+        """
+        indices, chosen = self._checked_tokens(tokens, quality)
+        groups = 1 if indices.ndim == 2 else len(indices)
+        rate = rate or self.rate
+        if rate is None:
+            raise UsageError("this codec has no sample rate of its own: give the sound's rate")
+        if samples is None:
+            samples = self._most_samples(0, indices.shape[-1], rate)
+        sound = self.reconstruct(
+            self.dequantise(indices.int(), quality=chosen),
+            samples=samples,
+            rate=rate,
+            channels=groups * self.channels if channels is None else channels,
+            quality=chosen,
+        )
+        return Sound((sound.samples * np.float32(gain)).clip(-1, 1), rate)
+
     @torch.inference_mode()
     def quantise(self, source: Any, *, quality: float) -> NDArray[np.int32]:
         """The integers of a whole sound, as a packed set keeps them. A quiet sound is not made louder, so that equal
@@ -218,7 +306,8 @@ class AudioCodec(Codec):
 
         Returns:
             [M, (n + 2 edge) / stride, rounded up] for n samples at the codec's rate, where `edge` is
-            `transform.edge`; [groups, M, ...] of a sound of more channels than the codec takes at once.
+            `transform.edge`; [groups, M, ...] of a sound of more channels than the codec takes at once. Of a codec with
+            tokens, codebooks stand in place of M.
 
         Raises:
             UsageError, MediaError: as `encode`.
@@ -295,7 +384,14 @@ class AudioCodec(Codec):
         return self._analyse(window, level)[..., before // stride : before // stride + columns]
 
     def encoder(
-        self, rate: int, channels: int, *, quality: float = 4.0, segment: int | None = None, shift: int = 0
+        self,
+        rate: int,
+        channels: int,
+        *,
+        quality: float = 4.0,
+        segment: int | None = None,
+        shift: int = 0,
+        packets: int = 0,
     ) -> AudioEncoder:
         """Encodes a sound as it comes.
 
@@ -306,14 +402,16 @@ class AudioCodec(Codec):
             segment: samples of a segment at the codec's rate, rounded up to what the transform allows; shorter ones
                 mean less latency, and more bytes. None: SEGMENT.
             shift: makes a quiet sound 2**shift times louder while it is coded, 0 to MAX_SHIFT.
+            packets: see `encode`.
 
         Raises:
             UsageError: a value is out of range.
         """
         if not 0 <= shift <= MAX_SHIFT:
             raise UsageError(f"shift {shift} does not exist: choose 0 to {MAX_SHIFT}")
+        self._check_packets(packets)
         level, size = self.quality_units(quality), self._segment_size(segment)
-        return AudioEncoder(self, rate, channels, level, size, shift)
+        return AudioEncoder(self, rate, channels, level, size, shift, packets)
 
     def decoder(self) -> AudioDecoder:
         """Decodes a file as its bytes come."""
@@ -321,8 +419,11 @@ class AudioCodec(Codec):
 
     # ------------------------------------------------------------------------------------------------- encoding
 
-    def _encode(self, sound: _SoundSource, level: int, shift: int, progress: Progress | None) -> bytes:
-        encoder = AudioEncoder(self, sound.rate, sound.channels, level, self._segment_size(None), shift)
+    def _encode(
+        self, sound: _SoundSource, level: int, shift: int, packets: int, progress: Progress | None
+    ) -> bytes:
+        size = self._segment_size(None)
+        encoder = AudioEncoder(self, sound.rate, sound.channels, level, size, shift, packets)
         total = None
         if sound.frames is not None:
             geometry = AudioGeometry(sound.frames, sound.rate, sound.channels)
@@ -344,6 +445,7 @@ class AudioCodec(Codec):
         kbps: float | None,
         psnr: float | None,
         shift: int,
+        packets: int,
         progress: Progress | None,
     ) -> bytes:
         """The file of the best quality within `kbps`, or of the lowest that reaches `psnr`."""
@@ -356,7 +458,7 @@ class AudioCodec(Codec):
 
         def reaches(level: int) -> bool:
             """Whether the file of this level has left the wanted range upwards (kbps) or reached it (psnr)."""
-            files[level] = data = self._encode(sound, level, shift, progress)
+            files[level] = data = self._encode(sound, level, shift, packets, progress)
             return rate_of(data) > kbps if kbps is not None else self._psnr(sound, data) >= float(psnr or 0)
 
         first = first_level(low, high, reaches)
@@ -400,9 +502,9 @@ class AudioCodec(Codec):
         y = self._window_latents(window, level)
         return float(self.bottleneck(y, torch.full((len(y),), level, device=self.device)).bits.sum())
 
-    def _compress(self, window: _Window, level: int) -> bytes:
+    def _compress(self, window: _Window, level: int, packets: int) -> bytes:
         """The chunk of a segment."""
-        payloads = self.bottleneck.compress(self._window_latents(window, level), level)
+        payloads = self._payloads(self._window_latents(window, level), level, packets)
         opening = bytes((LOUD * window.loud + LAST * window.last,))
         columns = COLUMNS.pack(window.columns) if window.last else b""
         return b"".join((opening, columns, *(LENGTH.pack(len(p)) for p in payloads[:-1]), *payloads))
@@ -487,20 +589,61 @@ class AudioCodec(Codec):
     def _segment(self, content: Container, index: int) -> _Segment:
         """A segment of a file. Raises BitstreamError that names the chunk."""
         try:
-            chunk = content.chunks[index]
-            if chunk is None:
-                raise BitstreamError("the chunk is damaged")
-            segment = self._decompress(chunk, content.header)
-            final = index + 1 == len(content.chunks)
-            if _geometry(content.header).samples:
-                fits = segment.last == final and segment.columns == self._columns(content.header, index)
-            else:
-                fits = final or not segment.last
-            if not fits:
-                raise BitstreamError("the chunk does not fit its place: the file is damaged")
-            return segment
+            parts = self._parts(content, index)
+            return _Segment(self._decompress(parts, content.header.settings[0]), parts.loud, parts.last)
         except BitstreamError as error:
             raise BitstreamError(str(error), chunk=index, offset=content.offsets[index]) from None
+
+    @torch.inference_mode()
+    def _segment_tokens(self, content: Container, index: int) -> Tensor:
+        """Tokens of a segment of a file, int64 [groups, codebooks, columns] on the CPU. Raises BitstreamError that
+        names the chunk."""
+        level = content.header.settings[0]
+        try:
+            parts = self._parts(content, index)
+            tokens = [
+                self.bottleneck.decompress_indices(payload, (1, parts.columns), level)
+                for payload in parts.payloads
+            ]
+            return torch.stack(tokens)[:, :, 0].cpu()
+        except BitstreamError as error:
+            raise BitstreamError(str(error), chunk=index, offset=content.offsets[index]) from None
+
+    def _segment_concealed(self, content: Container, index: int, data: bytes) -> _Segment:
+        """A damaged segment of a file whose number of samples is known, with estimates where packets are lost; says so
+        in the damage. Raises BitstreamError where nothing is intact."""
+        header, final = content.header, index + 1 == len(content.chunks)
+        columns, groups = self._columns(header, index), -(-_geometry(header).channels // self.channels)
+        if not _geometry(header).samples:
+            raise BitstreamError("the end of the file is missing")
+        start = content.offsets[index]
+        source = Source(memoryview(data[start : start + content.lengths[index]]), 0)
+        # What the header tells need not be believed of the chunk, whose opening may be damaged too.
+        loud = bool(source.take(1)[0] & LOUD)
+        source.take(len(COLUMNS.pack(columns)) if final else 0)
+        lengths = [LENGTH.unpack(source) for _ in range(groups - 1)]
+        payloads = [source.take(length) for length in lengths]
+        payloads.append(source.take(len(source.view) - source.offset))
+        parts = [self._concealed(payload, (1, columns), header.settings[0]) for payload in payloads]
+        fact = f"{max(lost for _, lost in parts)} of {columns} positions are estimated"
+        content.damage[:] = [fault for fault in content.damage if fault.chunk != index]
+        content.damage.append(BitstreamError(fact, chunk=index, offset=start))
+        return _Segment(torch.stack([latents for latents, _ in parts]), loud, final)
+
+    def _parts(self, content: Container, index: int) -> _Parts:
+        """What a chunk of a file consists of. Raises BitstreamError unless it is intact and fits its place."""
+        chunk = content.chunks[index]
+        if chunk is None:
+            raise BitstreamError("the chunk is damaged")
+        parts = self._split(chunk, content.header)
+        final = index + 1 == len(content.chunks)
+        if _geometry(content.header).samples:
+            fits = parts.last == final and parts.columns == self._columns(content.header, index)
+        else:
+            fits = final or not parts.last
+        if not fits:
+            raise BitstreamError("the chunk does not fit its place: the file is damaged")
+        return parts
 
     def _columns(self, header: Header, index: int) -> int:
         """Latent positions of a segment, as far as the header tells."""
@@ -508,9 +651,8 @@ class AudioCodec(Codec):
         rest = self._grid_length(geometry) - index * size if geometry.samples else size
         return min(rest, size) // self.transform.stride
 
-    @torch.inference_mode()
-    def _decompress(self, chunk: bytes, header: Header) -> _Segment:
-        """What `_compress` made a chunk of."""
+    def _split(self, chunk: bytes, header: Header) -> _Parts:
+        """What `_compress` put together. Raises BitstreamError where it did not."""
         groups = -(-_geometry(header).channels // self.channels)
         most = header.chunk_size // self.transform.stride
         source = Source(memoryview(chunk), 0)
@@ -524,13 +666,16 @@ class AudioCodec(Codec):
         payloads.append(chunk[source.offset :])
         if flags > LOUD + LAST or not 1 <= columns <= most:
             raise BitstreamError("the chunk does not decode: the file is damaged")
-        shape = (1, columns)
         shortest = min(map(len, payloads))
         if shortest < self._shortest_payload(columns):
             fact = f"{shortest} bytes cannot hold {columns * self.transform.stride} samples"
             raise BitstreamError(f"{fact}: the file is damaged")
-        latents = self.bottleneck.decompress(payloads, shape, header.settings[0])
-        return _Segment(latents, bool(flags & LOUD), bool(flags & LAST))
+        return _Parts(payloads, columns, bool(flags & LOUD), bool(flags & LAST))
+
+    @torch.inference_mode()
+    def _decompress(self, parts: _Parts, level: int) -> Tensor:
+        """Latents [groups, M, 1, columns]. Raises BitstreamError on damaged payloads."""
+        return self.bottleneck.decompress(parts.payloads, (1, parts.columns), level)
 
     @torch.inference_mode()
     def _synthesise(self, latents: Tensor, level: int, channels: int) -> Float32Array:
@@ -552,7 +697,14 @@ class AudioEncoder:
     """
 
     def __init__(
-        self, codec: AudioCodec, rate: int, channels: int, level: int, segment: int, shift: int
+        self,
+        codec: AudioCodec,
+        rate: int,
+        channels: int,
+        level: int,
+        segment: int,
+        shift: int,
+        packets: int = 0,
     ) -> None:
         info = codec._frozen_info()
         if not 1 <= channels <= MAX_CHANNELS:
@@ -561,7 +713,7 @@ class AudioEncoder:
             raise UsageError(f"sample rate is {rate}: give an integer from 1 to {MAX_RATE}, in Hz")
         self.segment = segment
         self.segments = 0
-        self._codec, self._level, self._shift = codec, level, shift
+        self._codec, self._level, self._shift, self._packets = codec, level, shift, packets
         self._cutter = _Cutter(codec, rate, channels, segment)
         self.latency = self._cutter.latency
         self._writer = AudioFrameWriter(
@@ -600,7 +752,8 @@ class AudioEncoder:
     def _written(self, windows: Iterator[_Window]) -> bytes:
         parts = []
         for window in windows:
-            parts.append(self._writer.frame(self._codec._compress(window.scaled(self._shift), self._level)))
+            chunk = self._codec._compress(window.scaled(self._shift), self._level, self._packets)
+            parts.append(self._writer.frame(chunk))
             self.segments += 1
         if not self._begun:
             parts.insert(0, self._writer.head)
@@ -645,7 +798,8 @@ class AudioDecoder:
             try:
                 if self._ended:
                     raise BitstreamError("the chunk follows the last one")
-                segment = self._codec._decompress(chunk, self._header)
+                segment = self._codec._split(chunk, self._header)
+                latents = self._codec._decompress(segment, self._header.settings[0])
             except BitstreamError as error:
                 self._error = BitstreamError(str(error), chunk=self._count)
                 if index == 0:
@@ -653,7 +807,7 @@ class AudioDecoder:
                 break
             self._ended = segment.last
             self._count += 1
-            ready.append(self._player.add(segment.latents, segment.last, LOUD * segment.loud))
+            ready.append(self._player.add(latents, segment.last, LOUD * segment.loud))
         return np.concatenate(ready, axis=1)
 
     def finish(self) -> Float32Array:
@@ -695,29 +849,40 @@ class DecodedBlocks(Iterator[Float32Array]):
     """
 
     def __init__(
-        self, codec: AudioCodec, content: Container, partial: bool, progress: Progress | None
+        self,
+        codec: AudioCodec,
+        content: Container,
+        partial: bool,
+        data: bytes | None,
+        progress: Progress | None,
     ) -> None:
+        """data: the file, for tokens of damaged segments to be estimated; None: they are lost."""
         geometry = _geometry(content.header)
         self.rate, self.channels = geometry.sample_rate, geometry.channels
         self.damage = content.damage
-        self._blocks = self._decoded(codec, content, partial, progress)
+        self._blocks = self._decoded(codec, content, partial, data, progress)
 
     def __next__(self) -> Float32Array:
         return next(self._blocks)
 
     def _decoded(
-        self, codec: AudioCodec, content: Container, partial: bool, progress: Progress | None
+        self,
+        codec: AudioCodec,
+        content: Container,
+        partial: bool,
+        data: bytes | None,
+        progress: Progress | None,
     ) -> Iterator[Float32Array]:
         player = _Player.of(codec, content.header)
         samples = _geometry(content.header).samples
         total = len(content.chunks)
         intact = 0
-        if all(chunk is None for chunk in content.chunks):
+        if data is None and all(chunk is None for chunk in content.chunks):
             raise self._nothing()
         for index in range(total):
             last = index + 1 == total
             try:
-                segment = codec._segment(content, index)
+                segment = self._segment(codec, content, index, data)
                 intact += 1
                 if segment.last and not samples:
                     # The end is lost, but not where it is: within a latent position.
@@ -742,6 +907,16 @@ class DecodedBlocks(Iterator[Float32Array]):
             raise self._nothing()
         yield player.close(samples)
 
+    def _segment(self, codec: AudioCodec, content: Container, index: int, data: bytes | None) -> _Segment:
+        try:
+            return codec._segment(content, index)
+        except BitstreamError:
+            if data is None:
+                raise
+            with suppress(BitstreamError):
+                return codec._segment_concealed(content, index, data)
+            raise
+
     def _nothing(self) -> BitstreamError:
         first = self.damage[0]
         fact = "no part of the sound is intact: get an intact copy"
@@ -763,6 +938,15 @@ class _Window(NamedTuple):
     def scaled(self, shift: int) -> _Window:
         """The window made 2**shift times louder."""
         return self._replace(samples=self.samples * np.float32(2**shift)) if shift else self
+
+
+class _Parts(NamedTuple):
+    """What a chunk consists of."""
+
+    payloads: list[bytes]  # one a group
+    columns: int  # latent positions
+    loud: bool
+    last: bool
 
 
 class _Segment(NamedTuple):

@@ -152,6 +152,24 @@ def encode(
             "--compact/--no-compact", help="Pictures: shortest header.", show_default="for tiny files"
         ),
     ] = None,
+    packets: Annotated[
+        int,
+        typer.Option(
+            "--packets",
+            min=0,
+            max=255,
+            help="Codecs with tokens: parts of a tile or segment that damage costs one by one; 0: none.",
+        ),
+    ] = 0,
+    effort: Annotated[
+        int,
+        typer.Option(
+            "--effort",
+            min=0,
+            max=3,
+            help="Pictures: search for better symbols in 60, 250 or 1000 steps (1, 2, 3). On two CPU cores a step takes about half a second for 768 x 512 pixels.",
+        ),
+    ] = 0,
     device: Device = "auto",
     force: Force = False,
     skip_existing: SkipExisting = False,
@@ -180,14 +198,20 @@ def encode(
 
         medium_of = {job: only or _medium_of_input(job.source) for job in planned}
         options_of = {job: _rate_options(job, medium, targets) for job, medium in medium_of.items()}
+        sounds = [job.source.name for job, medium in medium_of.items() if medium == "audio"]
+        if effort and sounds:
+            raise UsageError(f"{sounds[0]} is coded as a sound: --effort is for pictures, leave it out")
         tune_allocator()
         models = {
             medium: compand.load(codec or media.DEFAULT_CODEC[medium], device=device)
             for medium in sorted(set(medium_of.values()))
         }
+        # Left out where it is not asked for, so that codecs of other packages need not know it.
+        asked = {"packets": packets, "effort": effort}
+        parts = {name: value for name, value in asked.items() if value}
 
         def work(job: files.Job, progress: files.Progress) -> files.Done:
-            model, options = models[medium_of[job]], options_of[job]
+            model, options = models[medium_of[job]], options_of[job] | parts
             if medium_of[job] == "audio":
                 return _encode_sound(job, cast("AudioCodec", model), progress, options, force=force)
             return _encode_picture(job, model, progress, options, strip=strip, compact=compact, force=force)
@@ -276,6 +300,12 @@ def decode(
         bool,
         typer.Option("--partial", help="Decode what is intact of damaged files; the exit status is 1 then."),
     ] = False,
+    conceal: Annotated[
+        bool,
+        typer.Option(
+            "--conceal", help="As --partial; lost packets of tokens (encode --packets) are estimated."
+        ),
+    ] = False,
     device: Device = "auto",
     force: Force = False,
     skip_existing: SkipExisting = False,
@@ -296,7 +326,9 @@ def decode(
         return _output_suffix(item.name, item.opening(media.OPENING_BYTES), chosen)
 
     def prepare(planned: Sequence[files.Job]) -> files.Work:
-        codec_of = _decoders(device, codec, partial=partial)
+        codec_of = _decoders(device, codec, partial=partial or conceal)
+        # As with packets of `encode`.
+        options: dict[str, Any] = {"partial": partial} | ({"conceal": True} if conceal else {})
 
         def work(job: files.Job, progress: files.Progress) -> files.Done:
             data = job.source.read()
@@ -304,8 +336,8 @@ def decode(
             model = codec_of(data)
             if model.medium == "audio":
                 sounds = cast("AudioCodec", model)
-                return _decode_sound(job, sounds, data, suffix, progress, partial=partial, force=force)
-            return _decode_picture(job, model, data, suffix, progress, partial=partial, force=force)
+                return _decode_sound(job, sounds, data, suffix, progress, options, force=force)
+            return _decode_picture(job, model, data, suffix, progress, options, force=force)
 
         return work
 
@@ -321,11 +353,11 @@ def _decode_picture(
     data: bytes,
     suffix: str,
     progress: files.Progress,
+    options: Mapping[str, bool],
     *,
-    partial: bool,
     force: bool,
 ) -> files.Done:
-    picture = model.decode(data, partial=partial, progress=progress)
+    picture = model.decode(data, progress=progress, **options)
     # In memory first: a picture that cannot be written in this format is then told from a full disk.
     stream = io.BytesIO()
     picture.save(stream, format=suffix)
@@ -340,14 +372,14 @@ def _decode_sound(
     data: bytes,
     suffix: str,
     progress: files.Progress,
+    options: Mapping[str, bool],
     *,
-    partial: bool,
     force: bool,
 ) -> files.Done:
     from compand.sounds import SoundWriter
 
     samples = 0
-    blocks = model.decode_blocks(data, partial=partial, progress=progress)
+    blocks = model.decode_blocks(data, progress=progress, **options)
     with (
         files.open_output(job, force=force) as stream,
         SoundWriter(stream, blocks.rate, blocks.channels, format=suffix) as writer,
@@ -593,6 +625,7 @@ def _describe(name: str, data: bytes, content: Container) -> dict[str, Any]:
     shape = header.geometry
     record["quality"] = header.settings[0] / QUALITY_STEPS if header.settings else None
     record["latent_shape"] = _latent_shape(shape, latent)
+    record |= _token_facts(shape, latent, header.settings)
     if isinstance(shape, ImageGeometry):
         record |= {
             "medium": "image",
@@ -646,6 +679,41 @@ def _latent_shape(shape: ImageGeometry | AudioGeometry, layout: Mapping[str, Any
     return [*([groups] if groups > 1 else []), channels, -(-coded // stride)]
 
 
+def _token_facts(
+    shape: ImageGeometry | AudioGeometry, layout: Mapping[str, Any] | None, settings: Sequence[int]
+) -> dict[str, Any]:
+    """The shape of what `Codec.tokens` returns for a file, the codes of each codebook and, of sounds, frames a second;
+    each None where there are none, or it is not known."""
+    from compand.coding.container import ImageGeometry
+    from compand.registry import QUALITY_STEPS
+
+    facts: dict[str, Any] = {"token_shape": None, "vocabulary": None, "token_rate": None}
+    level = settings[0] // QUALITY_STEPS if settings else 0
+    if layout is None or not 1 <= level <= len(layout.get("vocabulary", ())):
+        return facts
+    facts["vocabulary"] = sizes = layout["vocabulary"][level - 1]
+    latents, stride = _latent_shape(shape, layout), layout["stride"]
+    if isinstance(shape, ImageGeometry):
+        assert latents is not None
+        facts["token_shape"] = [*([len(sizes)] if len(sizes) > 1 else []), *latents[1:]]
+        return facts
+    facts["token_rate"] = (layout["rate"] or shape.sample_rate) / stride
+    if latents is not None:
+        frames = latents[-1] + 2 * layout.get("edge", 0) // stride
+        facts["token_shape"] = [*latents[:-2], len(sizes), frames]
+    return facts
+
+
+def _tokens_as_text(record: dict[str, Any]) -> str:
+    from compand.data.info import sizes_as_text
+
+    if record["vocabulary"] is None:
+        return ""
+    shape = f"{' x '.join(map(str, record['token_shape']))} " if record["token_shape"] else ""
+    rate = f", {record['token_rate']:g} frames/s" if record["token_rate"] else ""
+    return f"{shape}of {sizes_as_text(record['vocabulary'])} codes{rate}"
+
+
 def _missing(record: dict[str, Any]) -> str:
     return f"no checkpoint with symbols fingerprint {record['symbols']} is installed"
 
@@ -668,6 +736,7 @@ def _as_text(record: dict[str, Any]) -> str:
         ("size", f"{record['bytes']} bytes, {rate}"),
         (parts, f"{record['chunks']}{size if record['chunks'] > 1 else ''}"),
         ("latents", " x ".join(map(str, record["latent_shape"] or ()))),
+        ("tokens", _tokens_as_text(record)),
         ("header", f"{record['header_bytes']} bytes{', compact' if record['compact'] else ''}"),
         ("extras", ", ".join(f"{kind} ({size} bytes)" for kind, size in record["extras"].items())),
         ("damage", f"{len(record['damage'])} parts" if record["damage"] else ""),
@@ -746,6 +815,7 @@ def codecs(as_json: Json = False) -> None:
                 "parameters": item.parameters,
                 "bytes": item.size,
                 "qualities": list(item.qualities),
+                "vocabulary": (item.latent or {}).get("vocabulary"),
                 "symbols": item.symbols.hex(),
                 "synthesis": item.synthesis.hex(),
                 "path": str(item.path),
@@ -958,6 +1028,12 @@ def train(context: typer.Context) -> None:
 def export(context: typer.Context) -> None:
     """Turn a trained model into a checkpoint (needs the extra: pip install "compand[train]")."""
     _hand_over_signals("compand.train.export", context.args)
+
+
+@app.command("import-compressai", **PASS_ON)
+def import_compressai(context: typer.Context) -> None:
+    """Turn weights of CompressAI into a checkpoint (needs the extra: pip install "compand[train]")."""
+    _hand_over_signals("compand.train.import_compressai", context.args)
 
 
 @app.command("eval", **PASS_ON)

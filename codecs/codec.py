@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from compand import registry
 from compand.checkpoint import CheckpointInfo, matches
 from compand.coding.container import Header
-from compand.errors import CheckpointError, UsageError
+from compand.concealment import Concealer, nearest_fill
+from compand.errors import BitstreamError, CheckpointError, UsageError
+from compand.refinement import Relaxation, schedule_of
 from compand.registry import QUALITY_STEPS as QUALITY_STEPS
 
 T = TypeVar("T")
@@ -36,6 +38,12 @@ Counts = Sequence[Mapping[int, int]]
 """For each table of a set, how often each symbol was seen."""
 Progress = Callable[[int, int], None]
 """Called with the number of chunks done and of all chunks."""
+
+CONCEALER = "concealer"
+"""Entry of a codec's architecture, and prefix of its parameters, for what estimates lost tokens."""
+
+MAX_PACKETS = 255
+"""Most packets that the tokens of a tile or segment can be cut into."""
 
 
 @dataclass
@@ -65,6 +73,7 @@ class Transform(nn.Module, ABC):
             restored, a multiple of `stride` up to `context`; 0 where the transform extends signals by itself.
         takes_bytes: whether analysis takes 8-bit samples too, 0 .. 255 for [0, 1].
         encoder_parts: prefixes of the parameters that decoding does not need.
+        coarse_parts: prefixes of convolution kernels that a checkpoint may keep in 8 bits.
     """
 
     stride: int
@@ -73,6 +82,7 @@ class Transform(nn.Module, ABC):
     edge: int = 0
     takes_bytes: bool = False
     encoder_parts: tuple[str, ...]
+    coarse_parts: tuple[str, ...] = ()
 
     @abstractmethod
     def analysis(self, x: Tensor, quality: Tensor) -> Tensor:
@@ -98,11 +108,13 @@ class Bottleneck(nn.Module, ABC):
         latent_channels: channels M of the latent y.
         encoder_parts: prefixes of the parameters that decoding does not need.
         coarse_parts: prefixes of convolution kernels that a checkpoint may keep in 8 bits.
+        refinable: whether `relaxed` gives something to search for better symbols with.
     """
 
     latent_channels: int
     encoder_parts: tuple[str, ...]
     coarse_parts: tuple[str, ...] = ()
+    refinable: bool = False
 
     @abstractmethod
     def forward(self, y: Tensor, quality: Tensor) -> BottleneckOutput:
@@ -130,6 +142,49 @@ class Bottleneck(nn.Module, ABC):
         """The latents that `quantise` rounded: integers [batch, M, h, w] -> float32 of the same shape, each a function
         of its integer and its channel alone."""
         raise _no_integers(self)
+
+    def relaxed(self, y: Tensor, quality: int) -> Relaxation:
+        """The latents y [1, M, h, w] of the frozen state, with a rate that has a gradient; see `compand.refinement`.
+
+        Raises:
+            UsageError: this bottleneck has no such rate (not `refinable`).
+        """
+        raise UsageError(f"the rate of {type(self).__name__} has no gradient: leave out --effort")
+
+    @property
+    def vocabulary(self) -> tuple[tuple[int, ...], ...]:
+        """Number of codes of each codebook that a quality level uses, level by level; empty where latents are coded as
+        numbers. With a vocabulary, `quantise` and `dequantise` go between y and tokens int32 [batch, planes, h, w]."""
+        return ()
+
+    def compress_indices(self, indices: Tensor, quality: int, *, packets: int = 0) -> bytes:
+        """Tokens to a payload, as `compress` makes one.
+
+        Args:
+            indices: int64 [planes, h, w].
+            quality: in 1/32 level.
+            packets: number of parts, cut along the rows of pictures or along time, each of which has a checksum and
+                decodes without the others; 0: one piece without a checksum.
+
+        Raises:
+            UsageError: this bottleneck has no tokens.
+        """
+        raise _no_tokens(self)
+
+    def decompress_indices(
+        self, payload: bytes, shape: tuple[int, int], quality: int, *, erasures: bool = False
+    ) -> Tensor:
+        """Inverse of `compress_indices`: int64 [planes, h, w].
+
+        Args:
+            shape: (h, w).
+            erasures: give -1 for the tokens of packets that are damaged, instead of raising.
+
+        Raises:
+            BitstreamError: the payload is damaged; with `erasures`, if it has no packets.
+            UsageError: this bottleneck has no tokens.
+        """
+        raise _no_tokens(self)
 
     @abstractmethod
     def least_bits(self, shape: tuple[int, int]) -> float:
@@ -187,6 +242,10 @@ def _no_integers(bottleneck: Bottleneck) -> UsageError:
     return UsageError(f"{type(bottleneck).__name__} has no integers of its own: pack with --profile cpd")
 
 
+def _no_tokens(part: nn.Module) -> UsageError:
+    return UsageError(f"{type(part).__name__} has no tokens: choose a codec with codebooks (compand codecs)")
+
+
 def first_level(low: int, high: int, reaches: Callable[[int], bool]) -> int:
     """The first quality from `low` to `high`, in 1/32 level, for which `reaches` holds, by bisection; `high` + 1 if
     there is none."""
@@ -212,11 +271,14 @@ class Codec(nn.Module, ABC):
         lambdas: Lagrange multiplier of each quality level, for R in bits per pixel and D = 255^2 x mean squared
             error of samples in [0, 1].
         architecture: constructor arguments, as config.json keeps them.
+        half_kernels: whether checkpoints keep convolution kernels in half precision.
         info: the checkpoint this codec was loaded from; None while it is being trained.
+        concealer: estimates lost tokens; None: the nearest ones stand in for them.
     """
 
     codec_id: ClassVar[int]
     medium: ClassVar[str]
+    half_kernels: ClassVar[bool] = True
     architecture: dict[str, Any]
 
     def __init__(self, transform: Transform, bottleneck: Bottleneck, lambdas: Sequence[float]) -> None:
@@ -225,12 +287,24 @@ class Codec(nn.Module, ABC):
         self.bottleneck = bottleneck
         self.lambdas = tuple(lambdas)
         self.info: CheckpointInfo | None = None
+        self.concealer: Concealer | None = None
 
     @classmethod
     def from_architecture(cls, architecture: Mapping[str, Any], *, trainable: bool) -> Codec:
-        """A codec of this class from the constructor arguments that config.json keeps; weights are still to come."""
+        """A codec of this class from the constructor arguments that config.json keeps, and its concealer if it has one;
+        weights are still to come."""
         construct: Callable[..., Codec] = cls
-        return construct(**architecture, trainable=trainable)
+        arguments = {name: value for name, value in architecture.items() if name != CONCEALER}
+        codec = construct(**arguments, trainable=trainable)
+        if CONCEALER in architecture:
+            codec.add_concealer(**architecture[CONCEALER])
+        return codec
+
+    def add_concealer(self, **options: Any) -> None:
+        """Gives the codec an untrained `Concealer`; options: of its network. Raises UsageError where there are no
+        tokens."""
+        self.concealer = Concealer(self.vocabulary, self.latent_layout()["axes"], **options)
+        self.architecture = {**self.architecture, CONCEALER: options}
 
     @property
     def name(self) -> str:
@@ -243,14 +317,24 @@ class Codec(nn.Module, ABC):
         return len(self.lambdas)
 
     @property
+    def vocabulary(self) -> tuple[tuple[int, ...], ...]:
+        """Number of codes of each codebook that a quality level uses, level by level: tokens of a codebook count from 0
+        to below it. Empty for codecs without tokens."""
+        return self.bottleneck.vocabulary
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.parameters()).device
 
     def latent_layout(self) -> dict[str, Any]:
         """What config.json says of the latents, so that their shape is known without the weights: their channels, and
-        the samples a position along each of `axes` (1: time, 2: height and width)."""
-        return {"channels": self.transform.latent_channels, "stride": self.transform.stride, "axes": 2}
+        the samples a position along each of `axes` (1: time, 2: height and width) and, of a codec with tokens, its
+        `vocabulary`."""
+        own: dict[str, Any] = (
+            {"vocabulary": [list(sizes) for sizes in self.vocabulary]} if self.vocabulary else {}
+        )
+        return {"channels": self.transform.latent_channels, "stride": self.transform.stride, "axes": 2} | own
 
     def quality_units(self, quality: float) -> int:
         """A quality in 1/32 level, as files store it. Raises UsageError outside 1 .. levels."""
@@ -258,12 +342,18 @@ class Codec(nn.Module, ABC):
             raise UsageError(f"quality {quality} does not exist: choose 1 to {self.levels}")
         return round(quality * QUALITY_STEPS)
 
+    def multiplier_at(self, level: int) -> float:
+        """The Lagrange multiplier of a quality in 1/32 level, interpolated geometrically between `lambdas`."""
+        log2_lambdas = torch.tensor(self.lambdas, dtype=torch.float64).log2()[:, None]
+        return 2.0 ** float(level_table_at(log2_lambdas, torch.tensor([level])))
+
     def decoder_state(self) -> dict[str, Tensor]:
-        """The floating-point tensors that decoding uses; their bytes make the synthesis fingerprint."""
-        encoder = [f"transform.{part}" for part in self.transform.encoder_parts]
-        encoder += [f"bottleneck.{part}" for part in self.bottleneck.encoder_parts]
+        """The floating-point tensors that decoding intact files uses; their bytes make the synthesis fingerprint."""
+        others = [f"transform.{part}" for part in self.transform.encoder_parts]
+        others += [f"bottleneck.{part}" for part in self.bottleneck.encoder_parts]
+        others.append(f"{CONCEALER}.")
         return {
-            name: value for name, value in self.state_dict().items() if not name.startswith(tuple(encoder))
+            name: value for name, value in self.state_dict().items() if not name.startswith(tuple(others))
         }
 
     def _frozen_info(self) -> CheckpointInfo:
@@ -293,12 +383,16 @@ class Codec(nn.Module, ABC):
         bpp: float | None = None,
         psnr: float | None = None,
         compact: bool | None = None,
+        packets: int = 0,
+        effort: int = 0,
         progress: Progress | None = None,
     ) -> bytes:
         """Samples to the bytes of a .cpd file."""
 
     @abstractmethod
-    def decode(self, data: bytes, *, partial: bool = False, progress: Progress | None = None) -> Any:
+    def decode(
+        self, data: bytes, *, partial: bool = False, conceal: bool = False, progress: Progress | None = None
+    ) -> Any:
         """The bytes of a .cpd file to samples."""
 
     @abstractmethod
@@ -306,30 +400,46 @@ class Codec(nn.Module, ABC):
         """The dequantised latents of a file, without synthesis: what compressed-domain learning reads."""
 
     @abstractmethod
+    def tokens(self, data: bytes) -> Tensor:
+        """The tokens of a file, without synthesis: what language models read. Raises UsageError if there are none."""
+
+    @abstractmethod
+    def token_geometry(self, data: bytes) -> dict[str, Any]:
+        """What `detokenize` has to be told beside the tokens of a file to give what `decode` gives."""
+
+    @abstractmethod
+    def detokenize(self, tokens: Any, *, quality: float | None = None) -> Any:
+        """Tokens to samples, whether they come from a file or from a language model."""
+
+    @abstractmethod
     def quantise(self, source: Any, *, quality: float) -> NDArray[np.int32]:
-        """Samples to the integers of a packed set: latents in quantisation steps, rounded without a prior."""
+        """Samples to the integers of a packed set: latents in quantisation steps, rounded without a prior, or
+        tokens."""
 
     @torch.inference_mode()
     def dequantise(self, integers: NDArray[np.integer[Any]] | Tensor, *, quality: float) -> Tensor:
         """The latents that integers of a packed set stand for.
 
         Args:
-            integers: as `quantise` gives them, of any integer type: [M, ...], or [batch, M, ...].
+            integers: as `quantise` gives them, of any integer type: [M, ...] or, tokens, [planes, ...]; dimensions of
+                items and groups may come before.
             quality: the one that they were made with.
 
         Returns:
-            float32 of the same shape, on the codec's device.
+            float32 of the same shape, [..., M, ...] of tokens, on the codec's device.
         """
         given = torch.as_tensor(integers).to(self.device)
         axes = self.latent_layout()["axes"]
-        y = given if given.ndim == axes + 2 else given[None]
+        y = given.reshape(-1, *given.shape[-axes - 1 :])
         y_hat = self.bottleneck.dequantise(y if axes == 2 else y[:, :, None], self.quality_units(quality))
-        return y_hat.reshape(given.shape)
+        return y_hat.reshape(*given.shape[: -axes - 1], -1, *given.shape[-axes:])
 
     @torch.inference_mode()
     def level_values(self, quality: float) -> Tensor:
         """What the 8-bit integers of each channel stand for: float32 [M, 256] on the codec's device, entry k + 128 for
-        the integer k. Dequantising is one look-up in it."""
+        the integer k. Dequantising is one look-up in it. Raises UsageError for codecs with tokens."""
+        if self.vocabulary:
+            raise UsageError(f"tokens of {self.name} are no amounts, each by itself: use Codec.dequantise")
         channels = self.transform.latent_channels
         every = torch.arange(-128, 128, dtype=torch.int32, device=self.device).expand(1, channels, 1, 256)
         return self.bottleneck.dequantise(every.contiguous(), self.quality_units(quality))[0, :, 0]
@@ -337,3 +447,94 @@ class Codec(nn.Module, ABC):
     @abstractmethod
     def check(self, data: bytes, progress: Progress | None = None) -> None:
         """Decodes every symbol of a file without synthesis. Raises BitstreamError at the first fault."""
+
+    # --------------------------------------------------------------------------------------------------- tokens
+
+    def level_vocabulary(self, quality: float) -> tuple[int, ...]:
+        """Codes of each codebook that a quality uses; qualities between levels use those of the level below. Raises
+        UsageError for codecs without tokens, and outside 1 .. levels."""
+        units = self.quality_units(quality)
+        if not self.vocabulary:
+            raise _no_tokens(self)
+        return self.vocabulary[units // QUALITY_STEPS - 1]
+
+    def _require_tokens(self) -> None:
+        if not self.vocabulary:
+            raise _no_tokens(self)
+
+    def _check_packets(self, packets: int) -> None:
+        """Raises UsageError unless tokens can be cut into so many packets, or 0."""
+        if packets:
+            self._require_tokens()
+        if not 0 <= packets <= MAX_PACKETS:
+            raise UsageError(f"{packets} packets cannot be made: choose 0 (none) to {MAX_PACKETS}")
+
+    def _check_effort(self, effort: int) -> None:
+        """Raises UsageError unless there is such an effort and files of this codec can be refined."""
+        if schedule_of(effort).steps and not (self.bottleneck.refinable and self.medium == "image"):
+            raise UsageError(
+                f"files of {self.name} are not refined: leave out --effort, or choose another codec"
+            )
+
+    def _payloads(self, y: Tensor, level: int, packets: int) -> list[bytes]:
+        """One payload an item of y [batch, M, h, w]."""
+        if not packets:
+            return self.bottleneck.compress(y, level)
+        rows = y.shape[4 - self.latent_layout()["axes"]]
+        return [
+            self.bottleneck.compress_indices(indices, level, packets=min(packets, rows))
+            for indices in self.bottleneck.quantise(y, level).long()
+        ]
+
+    @torch.inference_mode()
+    def _concealed(self, payload: bytes, shape: tuple[int, int], level: int) -> tuple[Tensor, int]:
+        """The latents of a damaged payload with estimates for what is lost, [M, h, w], and how many of h x w positions
+        are estimated. Raises BitstreamError where nothing is intact."""
+        indices = self.bottleneck.decompress_indices(payload, shape, level, erasures=True)
+        lost = (indices < 0).any(0)
+        if lost.all():
+            raise BitstreamError("no packet is intact")
+        if lost.any():
+            depth = level // QUALITY_STEPS
+            indices = nearest_fill(indices) if self.concealer is None else self.concealer.fill(indices, depth)
+        y_hat = self.bottleneck.dequantise(indices[None].int().to(self.device), level)
+        return y_hat[0], int(lost.sum())
+
+    def _checked_tokens(self, tokens: Any, quality: float | None) -> tuple[Tensor, float]:
+        """Tokens int64 [..., planes, n] or [planes, h, w] and their quality, where it follows from the planes.
+
+        Raises:
+            UsageError: no integers, another shape, codes beyond the vocabulary, or a quality that has to be told.
+        """
+        self._require_tokens()
+        axes = self.latent_layout()["axes"]
+        given = torch.as_tensor(tokens)
+        if given.ndim == axes and axes == 2:
+            given = given[None]
+        wanted = "[height, width] or [codebooks, height, width]"
+        if axes == 1:
+            wanted = "[codebooks, frames] or [groups, codebooks, frames]"
+        integral = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+        if not integral or given.ndim not in ((3,) if axes == 2 else (2, 3)) or not given.numel():
+            raise UsageError(f"tokens are {given.dtype} {list(given.shape)}: give integers {wanted}")
+        planes = given.shape[-axes - 1]
+        if quality is None:
+            fitting = [level for level, sizes in enumerate(self.vocabulary, 1) if len(sizes) == planes]
+            if len(fitting) > 1:
+                fact = f"qualities {fitting[0]} to {fitting[-1]} all have tokens of {planes} codebook"
+                raise UsageError(f"{fact}{'s' * (planes != 1)}: say which one it is (quality)")
+            if not fitting:
+                raise UsageError(f"no quality has {planes} codebooks: see the codec's vocabulary")
+            quality = float(fitting[0])
+        sizes = self.level_vocabulary(quality)
+        if len(sizes) != planes:
+            raise UsageError(
+                f"quality {quality:g} has {len(sizes)} codebooks, tokens have {planes}: give as many"
+            )
+        for plane, size in enumerate(sizes):
+            values = given.select(given.ndim - axes - 1, plane)
+            low, high = int(values.min()), int(values.max())
+            if low < 0 or high >= size:
+                fact = f"tokens of codebook {plane} run from {low} to {high}"
+                raise UsageError(f"{fact}: those of quality {quality:g} are 0 to {size - 1}")
+        return given.long(), quality

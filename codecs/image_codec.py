@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from compand.coding.container import Container, Extra, ExtraKind, Header, ImageG
 from compand.errors import BitstreamError, CompandError, UsageError
 from compand.pictures import Picture, as_picture, decode_alpha, encode_alpha
 from compand.pictures import psnr as psnr_of
+from compand.refinement import Relaxation, Schedule, anneal, schedule_of
 
 TILE = 1024
 """Edge of the tiles into which larger pictures are cut, in pixels."""
@@ -58,6 +60,15 @@ def tile_rows(height: int, width: int, edge: int) -> list[list[Tile]]:
     ]
 
 
+@dataclass
+class _Candidate:
+    """What is known of a tile that is being refined."""
+
+    relaxation: Relaxation
+    payload: bytes  # the best so far
+    y_hat: Tensor  # what a decoder makes of it, [1, M, h, w]
+
+
 class ImageCodec(Codec):
     """A codec for pictures.
 
@@ -84,6 +95,8 @@ class ImageCodec(Codec):
         bpp: float | None = None,
         psnr: float | None = None,
         compact: bool | None = None,
+        packets: int = 0,
+        effort: int = 0,
         progress: Progress | None = None,
     ) -> bytes:
         """Encodes a picture.
@@ -95,66 +108,108 @@ class ImageCodec(Codec):
             quality: 1 (smallest file) to `levels`, fractions in steps of 1/32; 4 unless bpp or psnr is given.
             bpp: instead of `quality`, the best quality whose file has at most this many bits a pixel.
             psnr: instead of `quality`, the lowest quality whose decoded picture has at least this PSNR in dB.
-            compact: force or forbid the shortest header; None: for tiny files.
-            progress: called after each tile.
+            compact: force or forbid the shortest header; None: for tiny files without packets.
+            packets: of a codec with tokens: parts of rows into which each tile is cut, up to 255. Each has a checksum,
+                so that damage costs the packets that it meets (`decode` with `conceal`) and not the tile. 0: none.
+            effort: 1 to 3 search for better symbols, in as many steps of gradient descent a tile as
+                `refinement.SCHEDULES` says, for the least rate plus lambda times squared error at this quality. A tile
+                that gets no better stays as it is. With bpp or psnr, whose limits are kept, this is done twice: where
+                the search ends without it, and where it then shows to end. Decoding takes no longer.
+            progress: called after each tile; with effort, after each step.
 
         Returns:
             The bytes of a .cpd file.
 
         Raises:
-            UsageError: quality out of range, or more than one of quality, bpp and psnr.
+            UsageError: quality out of range, more than one of quality, bpp and psnr, packets of a codec without
+                tokens, or an effort that does not exist or not for this codec.
             CompandError: no quality reaches the wanted bpp or psnr for this picture.
             MediaError: the source cannot be read.
         """
         picture = self._picture(source)
+        self._check_packets(packets)
+        self._check_effort(effort)
+        if packets and compact is None:
+            compact = False  # its only checksum is of the whole file
         if sum(target is not None for target in (quality, bpp, psnr)) > 1:
             raise UsageError("quality, bpp and psnr exclude each other: give one")
         if any(target is not None and math.isnan(target) for target in (bpp, psnr)):
             raise UsageError("bpp or psnr is not a number: give one")
         if bpp is None and psnr is None:
-            return self._encode(
-                picture, self.quality_units(4.0 if quality is None else quality), compact, progress
-            )
+            level = self.quality_units(min(4.0, self.levels) if quality is None else quality)
+            return self._encode(picture, level, compact, packets, progress, effort)
         low, high = QUALITY_STEPS, self.levels * QUALITY_STEPS
         files: dict[int, bytes] = {}
 
-        def reaches(level: int) -> bool:
-            """Whether the file of this level has left the wanted range upwards (bpp) or reached it (psnr)."""
-            files[level] = data = self._encode(picture, level, compact, progress)
-            if bpp is not None:
-                return 8 * len(data) / (picture.height * picture.width) > bpp
-            return psnr_of(picture.pixels, self.decode(data).pixels) >= float(psnr or 0)
+        def psnr_in(data: bytes) -> float:
+            return psnr_of(picture.pixels, self.decode(data).pixels)
 
-        first = first_level(low, high, reaches)
-        wanted = first - 1 if bpp is not None else first
+        def reached_by(data: bytes, factor: float = 1) -> bool:
+            """Whether a file has left the wanted range upwards (bpp) or reached it (psnr), if refinement multiplies
+            its bpp or PSNR by a factor."""
+            if bpp is not None:
+                return factor * 8 * len(data) / (picture.height * picture.width) > bpp
+            return factor * psnr_in(data) >= float(psnr or 0)
+
+        def found(factor: float = 1) -> int:
+            """The level that the search ends at, outside low .. high where there is none."""
+
+            def reaches(level: int) -> bool:
+                if level not in files:
+                    files[level] = self._encode(picture, level, compact, packets, progress)
+                return reached_by(files[level], factor)
+
+            first = first_level(low, high, reaches)
+            return first - 1 if bpp is not None else first
+
+        wanted = found()
         if not low <= wanted <= high:
             extreme = files[low] if bpp is not None else files[high]
             if bpp is not None:
                 reached = f"{8 * len(extreme) / (picture.height * picture.width):.3f} bpp is the least"
                 raise CompandError(f"{bpp:g} bpp cannot be reached for this picture: {reached}; allow more")
-            reached = f"{psnr_of(picture.pixels, self.decode(extreme).pixels):.2f} dB is the most"
+            reached = f"{psnr_in(extreme):.2f} dB is the most"
             raise CompandError(f"{psnr:g} dB cannot be reached for this picture: {reached}; ask for less")
-        return files[wanted]
+        plain = files[wanted]
+        if not effort:
+            return plain
+        refined = [self._encode(picture, wanted, compact, packets, progress, effort)]
+        # What refinement changed tells at which level the limit is used up; there it is done again.
+        changed = len(refined[0]) / len(plain) if bpp is not None else psnr_in(refined[0]) / psnr_in(plain)
+        level = found(changed)
+        if level != wanted and low <= level <= high:
+            refined.append(self._encode(picture, level, compact, packets, progress, effort))
+        kept = [plain, *(data for data in refined if reached_by(data) == (bpp is None))]
+        return min(kept, key=len) if bpp is None else max(kept, key=psnr_in)
 
-    def decode(self, data: bytes, *, partial: bool = False, progress: Progress | None = None) -> Picture:
+    def decode(
+        self, data: bytes, *, partial: bool = False, conceal: bool = False, progress: Progress | None = None
+    ) -> Picture:
         """Decodes a file written by this codec.
 
         Args:
             data: the bytes of a .cpd file.
             partial: decode what is intact; damaged tiles come out gray and are listed in `Picture.damage`. Pixels
                 within `transform.context` of them differ from those of the intact file.
+            conceal: as `partial`, but of a damaged tile tokens are estimated where packets are lost, as long as one is
+                intact.
             progress: called after each tile.
 
         Raises:
-            BitstreamError: damage (without `partial`), a damaged header, or no tile that is intact.
+            BitstreamError: damage (without `partial` or `conceal`), a damaged header, or no tile that can be decoded.
             CheckpointError: the file needs another checkpoint.
+            UsageError: `conceal`, of a codec without tokens.
         """
+        if conceal:
+            self._require_tokens()
+        partial = partial or conceal
         content, geometry, grid = self._read(data, partial)
+        damaged = data if conceal else None
         quality = content.header.settings[0]
         total = content.header.chunk_count()
         pixels: NDArray[np.uint8] | None = None
         lost = []
-        for done, (tile, window) in enumerate(self._windows(content, grid, partial), start=1):
+        for done, (tile, window) in enumerate(self._windows(content, grid, partial, damaged), start=1):
             area = np.s_[tile.top : tile.bottom, tile.left : tile.right]
             if window is None:
                 lost.append(area)
@@ -191,6 +246,61 @@ class ImageCodec(Codec):
             [torch.cat([self._latents(content, tile) for tile in row], dim=2) for row in grid], dim=1
         )
 
+    def tokens(self, data: bytes) -> Tensor:
+        """The tokens of a file, without synthesis: int64 [ceil(H / stride), ceil(W / stride)] of one codebook,
+        [codebooks, ...] of several, on the CPU. Tokens of a codebook count from 0 to below `vocabulary[level - 1]`.
+
+        Raises:
+            BitstreamError, CheckpointError: as `decode`.
+            UsageError: this codec has no tokens.
+        """
+        self._require_tokens()
+        content, _, grid = self._read(data, partial=False)
+        rows = [torch.cat([self._tile_tokens(content, tile) for tile in row], dim=2) for row in grid]
+        indices = torch.cat(rows, dim=1)
+        return indices[0] if len(indices) == 1 else indices
+
+    def token_geometry(self, data: bytes) -> dict[str, Any]:
+        """Size, channels and quality of a file: `detokenize(tokens(data), **token_geometry(data))` has the pixels of
+        `decode(data)`."""
+        content, geometry, _ = self._read(data, partial=False)
+        return {
+            "size": (geometry.height, geometry.width),
+            "channels": geometry.channels,
+            "quality": content.header.settings[0] / QUALITY_STEPS,
+        }
+
+    def detokenize(
+        self,
+        tokens: Any,
+        *,
+        size: tuple[int, int] | None = None,
+        quality: float | None = None,
+        channels: int | None = None,
+    ) -> Picture:
+        """Tokens to a picture.
+
+        Args:
+            tokens: integers [h, w] or [codebooks, h, w], an array, tensor or nested list.
+            size: height and width in pixels, h x w positions of `stride` at most; None: all of them.
+            quality: that of the tokens; None where the number of codebooks tells it.
+            channels: of the picture; 1 gives a gray one of a codec of 3. None: those of the codec.
+
+        Raises:
+            UsageError: tokens of another shape, beyond the vocabulary, or of a quality that has to be told; a size that
+                they are not of.
+        """
+        indices, chosen = self._checked_tokens(tokens, quality)
+        stride = self.transform.stride
+        height, width = size or (indices.shape[1] * stride, indices.shape[2] * stride)
+        return self.reconstruct(
+            self.dequantise(indices.int(), quality=chosen),
+            height=height,
+            width=width,
+            channels=self.channels if channels is None else channels,
+            quality=chosen,
+        )
+
     @torch.inference_mode()
     def quantise(self, source: Any, *, quality: float) -> NDArray[np.int32]:
         """The integers of a whole picture, as a packed set keeps them.
@@ -200,7 +310,7 @@ class ImageCodec(Codec):
             quality: 1 to `levels`.
 
         Returns:
-            [M, ceil(H / stride), ceil(W / stride)].
+            [M, ceil(H / stride), ceil(W / stride)]; of a codec with tokens [codebooks, ...].
 
         Raises:
             UsageError, MediaError: as `encode`.
@@ -227,7 +337,8 @@ class ImageCodec(Codec):
             quality: 1 to `levels`.
 
         Returns:
-            int32 [batch, M, ceil(H / stride), ceil(W / stride)] on the codec's device.
+            int32 [batch, M, ceil(H / stride), ceil(W / stride)] on the codec's device; of a codec with tokens
+            [batch, codebooks, ...].
 
         Raises:
             UsageError: another type or shape.
@@ -308,15 +419,27 @@ class ImageCodec(Codec):
     # ------------------------------------------------------------------------------------------------- encoding
 
     @torch.inference_mode()
-    def _encode(self, picture: Picture, level: int, compact: bool | None, progress: Progress | None) -> bytes:
+    def _encode(
+        self,
+        picture: Picture,
+        level: int,
+        compact: bool | None,
+        packets: int,
+        progress: Progress | None,
+        effort: int = 0,
+    ) -> bytes:
         info = self._frozen_info()
         size = _chunk_size(picture.height, picture.width)
         chunks: list[bytes] = []
         grid = self._grid(picture.height, picture.width)
-        for tile in (tile for row in grid for tile in row):
-            chunks += self.bottleneck.compress(self.analyse(picture.pixels, tile, level), level)
-            if progress is not None:
-                progress(len(chunks), len(grid) * len(grid[0]))
+        if effort:
+            with torch.inference_mode(False):
+                chunks = self._refined(picture.pixels, grid, level, schedule_of(effort), progress)
+        else:
+            for tile in (tile for row in grid for tile in row):
+                chunks += self._payloads(self.analyse(picture.pixels, tile, level), level, packets)
+                if progress is not None:
+                    progress(len(chunks), len(grid) * len(grid[0]))
         extras = []
         if picture.alpha is not None:
             opaque = bool((picture.alpha == 255).all())
@@ -335,6 +458,85 @@ class ImageCodec(Codec):
             chunk_size=size,
         )
         return container.write(header, chunks, extras, compact=compact)
+
+    def _refined(
+        self,
+        pixels: NDArray[np.uint8],
+        grid: Sequence[Sequence[Tile]],
+        level: int,
+        schedule: Schedule,
+        progress: Progress | None,
+    ) -> list[bytes]:
+        """Payloads of all tiles, searched for one after another. As each is judged by all pixels that see its latents,
+        the cost of the whole picture falls with every tile that changes."""
+        candidates: dict[int, _Candidate] = {}
+        payloads: list[bytes] = []
+        done, total = 0, schedule.steps * len(grid) * len(grid[0])
+
+        def report() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+        for index, row in enumerate(grid):
+            lines = grid[max(index - 1, 0) : index + 2]
+            around = {tile.index for line in lines for tile in line}
+            candidates = {place: state for place, state in candidates.items() if place in around}
+            for tile in (tile for line in lines for tile in line if tile.index not in candidates):
+                with torch.no_grad():
+                    y = self.analyse(pixels, tile, level)
+                    relaxation = self.bottleneck.relaxed(y, level)
+                    candidates[tile.index] = _Candidate(relaxation, *relaxation.code())
+            for column, tile in enumerate(row):
+                near = [other for line in lines for other in line[max(column - 1, 0) : column + 2]]
+                known = [(other, candidates[other.index].y_hat[0]) for other in near]
+                self._refine_tile(pixels, tile, candidates[tile.index], known, level, schedule, report)
+                payloads.append(candidates[tile.index].payload)
+        return payloads
+
+    def _refine_tile(
+        self,
+        pixels: NDArray[np.uint8],
+        tile: Tile,
+        candidate: _Candidate,
+        near: Sequence[tuple[Tile, Tensor]],
+        level: int,
+        schedule: Schedule,
+        report: Callable[[], None],
+    ) -> None:
+        """Puts a payload of lower cost in the place of a candidate's, if one is found; near: y_hat [M, h, w] of the
+        tiles around and of the tile itself."""
+        stride, context = self.transform.stride, self.transform.context
+        window, y, x = self._window(tile, candidate.y_hat[0], near, 2 * context // stride)
+        rows, columns = tile.latent_shape(stride)
+        above, before = self._around(tile)
+        seen = torch.from_numpy(pixels[above, before].copy()).to(self.device)
+        target = seen.permute(2, 0, 1).float() / 255
+        top = y * stride + above.start - tile.top
+        left = x * stride + before.start - tile.left
+        place = (slice(top, top + target.shape[1]), slice(left, left + target.shape[2]))
+        weight = self.multiplier_at(level) * 255**2 / len(target)
+
+        def samples(y_hat: Tensor) -> Tensor:
+            latents = window.clone()
+            latents[:, y : y + rows, x : x + columns] = y_hat[0]
+            return self._samples(latents, place, level, len(target)).clamp(0, 1)
+
+        def distortion(y_hat: Tensor) -> Tensor:
+            return weight * (samples(y_hat) - target).square().sum()
+
+        @torch.no_grad()
+        def cost(payload: bytes, y_hat: Tensor) -> float:
+            error = torch.round(samples(y_hat) * 255) / 255 - target
+            return 8 * len(payload) + weight * float(error.double().square().sum())
+
+        with torch.enable_grad():
+            anneal(candidate.relaxation, distortion, schedule, report)
+        with torch.no_grad():
+            found = candidate.relaxation.code()
+        if cost(*found) < cost(candidate.payload, candidate.y_hat):
+            candidate.payload, candidate.y_hat = found
 
     def analyse(self, pixels: NDArray[np.uint8], tile: Tile, level: int) -> Tensor:
         """y of one tile, [1, M, h, w], computed with its surroundings.
@@ -403,6 +605,20 @@ class ImageCodec(Codec):
     @torch.inference_mode()
     def _latents(self, content: Container, tile: Tile) -> Tensor:
         """y_hat of one tile, [M, h, w]. Raises BitstreamError that names the chunk."""
+        return self._decoded(
+            content, tile, lambda *chunk: self.bottleneck.decompress([chunk[0]], *chunk[1:])[0]
+        )
+
+    @torch.inference_mode()
+    def _tile_tokens(self, content: Container, tile: Tile) -> Tensor:
+        """Tokens of one tile, int64 [codebooks, h, w] on the CPU. Raises BitstreamError that names the chunk."""
+        return self._decoded(content, tile, self.bottleneck.decompress_indices).cpu()
+
+    def _decoded(
+        self, content: Container, tile: Tile, decode: Callable[[bytes, tuple[int, int], int], Tensor]
+    ) -> Tensor:
+        """What `decode` makes of payload, latent shape and level of a tile. Raises BitstreamError that names the
+        chunk."""
         payload = content.chunks[tile.index]
         if not payload:
             raise BitstreamError("the chunk is damaged", chunk=tile.index, offset=content.offsets[tile.index])
@@ -412,16 +628,31 @@ class ImageCodec(Codec):
             fact = f"{len(payload)} bytes cannot hold {size}: the file is damaged"
             raise BitstreamError(fact, chunk=tile.index, offset=content.offsets[tile.index])
         try:
-            return self.bottleneck.decompress([payload], shape, content.header.settings[0])[0]
+            return decode(payload, shape, content.header.settings[0])
         except BitstreamError as error:
             raise BitstreamError(str(error), chunk=tile.index, offset=content.offsets[tile.index]) from None
 
+    def _tile_concealed(self, content: Container, tile: Tile, data: bytes) -> Tensor:
+        """Latents of a damaged tile of a file, [M, h, w], estimated where packets are lost; says so in the damage.
+        Raises BitstreamError where nothing is intact."""
+        start = content.offsets[tile.index]
+        payload = bytes(data[start : start + content.lengths[tile.index]])
+        shape = tile.latent_shape(self.transform.stride)
+        latents, lost = self._concealed(payload, shape, content.header.settings[0])
+        fact = f"{lost} of {shape[0] * shape[1]} positions are estimated"
+        content.damage[:] = [fault for fault in content.damage if fault.chunk != tile.index]
+        content.damage.append(BitstreamError(fact, chunk=tile.index, offset=start))
+        return latents
+
     def _windows(
-        self, content: Container, grid: Sequence[Sequence[Tile]], partial: bool
+        self, content: Container, grid: Sequence[Sequence[Tile]], partial: bool, data: bytes | None
     ) -> Iterator[tuple[Tile, tuple[Tensor, int, int] | None]]:
         """Every tile with the latents that its synthesis looks at, [M, h, w], and the tile's offset in them.
 
         At most three rows of tiles are held. A damaged tile comes without latents; to its neighbours they are zero.
+
+        Args:
+            data: the file, for tokens of damaged tiles to be estimated; None: they are lost.
         """
 
         def decoded(row: Sequence[Tile]) -> list[tuple[Tile, Tensor | None]]:
@@ -434,7 +665,11 @@ class ImageCodec(Codec):
                         raise
                     if content.chunks[tile.index] is not None:
                         content.damage.append(error)
-                    result.append((tile, None))
+                    latents = None
+                    if data is not None:
+                        with suppress(BitstreamError):
+                            latents = self._tile_concealed(content, tile, data)
+                    result.append((tile, latents))
             return result
 
         rows: deque[list[tuple[Tile, Tensor | None]]] = deque(maxlen=3)
@@ -451,14 +686,14 @@ class ImageCodec(Codec):
                     continue
                 around = range(max(column - 1, 0), min(column + 2, len(row)))
                 near = [line[other] for line in rows for other in around]
-                yield tile, self._window(tile, latents, near)
+                margin = self.transform.context // self.transform.stride
+                yield tile, self._window(tile, latents, near, margin)
 
     def _window(
-        self, tile: Tile, latents: Tensor, near: Sequence[tuple[Tile, Tensor | None]]
+        self, tile: Tile, latents: Tensor, near: Sequence[tuple[Tile, Tensor | None]], margin: int
     ) -> tuple[Tensor, int, int]:
-        """A tile's latents with a margin of `transform.context` from the tiles near it, as far as there are any."""
+        """A tile's latents with a margin of so many positions from the tiles near it, as far as there are any."""
         stride = self.transform.stride
-        margin = self.transform.context // stride
         rows, columns = latents.shape[1:]
         y, x = tile.top // stride, tile.left // stride
         bounds = [
@@ -483,13 +718,20 @@ class ImageCodec(Codec):
     ) -> NDArray[np.uint8]:
         latents, row, column = window
         stride = self.transform.stride
+        height, width = tile.bottom - tile.top, tile.right - tile.left
+        place = (
+            slice(row * stride, row * stride + height),
+            slice(column * stride, column * stride + width),
+        )
+        x = self._samples(latents, place, level, geometry.channels)
+        return (x * 255).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+    def _samples(self, latents: Tensor, place: tuple[slice, slice], level: int, channels: int) -> Tensor:
+        """Samples [channels, h, w] at a place in what latents [M, ...] stand for; not clamped to [0, 1]."""
         y_hat = latents[None].contiguous(memory_format=torch.channels_last)
         x = self.transform.synthesis(y_hat, torch.tensor([level], device=self.device))[0].float()
-        height, width = tile.bottom - tile.top, tile.right - tile.left
-        x = x[:, row * stride : row * stride + height, column * stride : column * stride + width]
-        if geometry.channels == 1 != self.channels:
-            x = x.mean(0, keepdim=True)
-        return (x * 255).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        x = x[:, place[0], place[1]]
+        return x.mean(0, keepdim=True) if channels == 1 != self.channels else x
 
     def _read_extras(
         self, content: Container, geometry: ImageGeometry, partial: bool

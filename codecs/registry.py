@@ -56,6 +56,17 @@ _ENTRIES = [
     CodecEntry(
         4, "wavelet-audio", "audio", "compand.wavelet:WaveletAudioCodec", "wavelet packets, fast to encode"
     ),
+    CodecEntry(5, "vqgan", "image", "compand.vqgan:VqganCodec", "tokens of a codebook, for the lowest rates"),
+    CodecEntry(
+        6,
+        "codebook-audio",
+        "audio",
+        "compand.codebook_audio:CodebookAudioCodec",
+        "codebooks, sound as tokens at the lowest rates",
+    ),
+    CodecEntry(
+        7, "compressai", "image", "compand.compressai:CompressaiCodec", "models imported from CompressAI"
+    ),
 ]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compand import registry
 from compand.checkpoint import FROZEN, CheckpointInfo, fingerprint
-from compand.codec import Codec, subset
+from compand.codec import CONCEALER, Codec, subset
 from compand.errors import CheckpointError, UsageError
 
 SCALE = ".scale"
@@ -51,7 +51,11 @@ def _content(tensor: Tensor) -> bytes:
 
 def _fingerprints(codec: Codec, tensors: dict[str, Tensor]) -> tuple[bytes, bytes]:
     symbols = {name: _content(value) for name, value in tensors.items() if name.startswith(FROZEN)}
-    synthesis = {name: _content(tensors[name]) for name in codec.decoder_state()}
+    names = codec.decoder_state()
+    synthesis = {
+        name: _content(tensors[name])
+        for name in [*names, *(name + SCALE for name in names if tensors[name].dtype == torch.int8)]
+    }
     return fingerprint(symbols), fingerprint(synthesis)
 
 
@@ -68,9 +72,9 @@ def check_new(folder: Path) -> None:
 def save(codec: Codec, folder: Path) -> None:
     """Writes model.safetensors and config.json of a codec whose bottleneck is frozen.
 
-    Convolution kernels are stored in half precision or, the bottleneck's `coarse_parts`, in 8 bits with a scale for
-    each pair of channels; all else in float32 or in integers of 16 or 32 bits. What only
-    training needs is left out.
+    Convolution kernels and codes of codebooks (of codecs with `half_kernels`), and a concealer, are stored in half
+    precision; `coarse_parts` in 8 bits, the bottleneck's with a scale for each pair of channels, the transform's for
+    each output channel; all else in float32 or in integers of 16 or 32 bits. What only training needs is left out.
 
     Raises:
         CheckpointError: the folder holds a checkpoint already; a released version never changes.
@@ -78,16 +82,19 @@ def save(codec: Codec, folder: Path) -> None:
     check_new(folder)
     bare = codec.from_architecture(codec.architecture, trainable=False)
     state = codec.state_dict()
-    coarse = tuple(f"bottleneck.{part}" for part in codec.bottleneck.coarse_parts)
+    by_pair = tuple(f"bottleneck.{part}" for part in codec.bottleneck.coarse_parts)
+    by_output = tuple(f"transform.{part}" for part in codec.transform.coarse_parts)
     tensors: dict[str, Tensor] = {}
     for name in bare.state_dict():
         value = state[name].detach().float().cpu()
-        if value.ndim == 4 and coarse and name.startswith(coarse):
-            scale = (value.abs().amax((2, 3), keepdim=True) / 127).clamp(min=6e-8).half()
+        if value.ndim == 4 and name.startswith(by_pair + by_output):
+            shared = (2, 3) if name.startswith(by_pair) else (1, 2, 3)
+            scale = (value.abs().amax(shared, keepdim=True) / 127).clamp(min=6e-8).half()
             tensors[name + SCALE] = scale
             tensors[name] = torch.round(value / scale.float()).clamp(-127, 127).to(torch.int8)
         else:
-            tensors[name] = value.half() if value.ndim == 4 else value
+            half = (value.ndim >= 3 and codec.half_kernels) or name.startswith(f"{CONCEALER}.")
+            tensors[name] = value.half() if half else value
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     for name, array in codec.bottleneck.frozen_arrays().items():
         narrow = array.astype(np.int16)
@@ -125,10 +132,12 @@ def _read(info: CheckpointInfo) -> dict[str, Tensor]:
 
 
 def _floats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # A parameter may bear the suffix as its own name.
+    scales = {name + SCALE for name in tensors}
     return {
         name: value.float() * tensors.get(name + SCALE, 1.0)
         for name, value in tensors.items()
-        if not name.startswith(FROZEN) and not name.endswith(SCALE)
+        if not name.startswith(FROZEN) and name not in scales
     }
 
 
@@ -199,6 +208,7 @@ def adopt_symbols(codec: Codec, info: CheckpointInfo) -> None:
     codec.bottleneck.load_frozen(_integers(tensors))
 
 
+@torch.inference_mode(False)  # weights made in inference mode could not be differentiated through
 def build(info: CheckpointInfo, device: str, *, reduced: bool | None = None) -> Codec:
     """The codec of a checkpoint, in evaluation mode and channels-last memory.
 

@@ -39,7 +39,8 @@ from compand.coding.integer import FRACTION_BITS, interpolate_levels, to_fixed
 from compand.errors import CheckpointError, UsageError
 from compand.image_codec import tile_rows
 
-NAMES = [entry.name for entry in registry.entries() if entry.medium == "image"]
+NAMES = [entry.name for entry in registry.entries() if entry.medium == "image" and entry.name != "vqgan"]
+"""Those whose latents are numbers, not codes."""
 
 
 def prior_of(bottleneck: Bottleneck) -> FactorizedBottleneck | HyperpriorBottleneck:

@@ -18,7 +18,7 @@ from compand import checkpoint, registry
 from compand.checkpoint import CheckpointInfo, find, fingerprint, for_header, read_info
 from compand.coding import container
 from compand.errors import CheckpointError, UsageError
-from compand.weights import build, choose_device, save, warm_start
+from compand.weights import SCALE, _fingerprints, build, choose_device, save, warm_start
 
 NAMES = [entry.name for entry in registry.entries() if entry.medium == "image"]
 
@@ -212,8 +212,8 @@ def test_weights_of_another_architecture(folder):
 def test_loading_is_strict(folder):
     original = (folder / "model.safetensors").read_bytes()
     names = list(load_file(folder / "model.safetensors"))
-    gain = next(name for name in names if name.endswith("y_gain.log2_gain"))
-    for name in (names[0], names[-1], gain):
+    gains = [name for name in names if name.endswith("y_gain.log2_gain")]
+    for name in (names[0], names[-1], *gains):
         (folder / "model.safetensors").write_bytes(original)
         rewrite(folder, lambda tensors, name=name: tensors.pop(name))
         with pytest.raises(CheckpointError) as error:
@@ -313,16 +313,30 @@ def test_the_fingerprint_is_of_names_lengths_and_contents():
     assert len({fingerprint(base), *map(fingerprint, others)}) == 6
 
 
-def test_stored_weights_are_those_of_the_run(trained, tmp_path):
-    codec = trained("hyperprior", steps=5)
+@pytest.mark.parametrize("name", ["hyperprior", "vqgan", "codebook-audio"])
+def test_stored_weights_are_those_of_the_run(trained, name, tmp_path):
+    codec = trained(name, steps=5)
     codec.bottleneck.freeze()
     save(codec, tmp_path / "x-v1")
-    loaded = build(read_info(tmp_path / "x-v1"), "cpu", reduced=False).state_dict()
-    own = codec.state_dict()
-    for name, value in loaded.items():
-        coarse = name.startswith("bottleneck.hyper_analysis") and value.ndim == 4
-        bound = own[name].abs().max() * (1 / 254 + 1e-3 if coarse else 2**-10 if value.ndim == 4 else 0)
-        assert float((value - own[name]).abs().max()) <= float(bound) + 1e-7, name
+    info = read_info(tmp_path / "x-v1")
+    frozen = build(info, "cpu", reduced=False)
+    loaded, own = frozen.state_dict(), codec.state_dict()
+    coarse = tuple(
+        f"{part}.{prefix}"
+        for part in ("transform", "bottleneck")
+        for prefix in getattr(codec, part).coarse_parts
+    )
+    for key, value in loaded.items():
+        relative = 1 / 254 + 1e-3 if value.ndim == 4 and key.startswith(coarse) else 2**-10
+        bound = own[key].abs().max() * (relative if value.ndim >= 3 else 0)
+        assert float((value - own[key]).abs().max()) <= float(bound) + 1e-7, key
+    # What decides how a file sounds or looks is in the fingerprint, the scales of 8-bit kernels too.
+    tensors = load_file(info.path / "model.safetensors")
+    decoding = [key for key in frozen.decoder_state() if key + SCALE in tensors]
+    assert bool(decoding) == (name != "hyperprior")
+    for key in decoding[:1]:
+        tensors[key + SCALE] = 2 * tensors[key + SCALE]
+        assert _fingerprints(frozen, tensors)[1] != info.synthesis
 
 
 # --------------------------------------------------------------------------------------------------- warm starts

@@ -319,7 +319,9 @@ def test_arguments_are_passed_on_untouched(command, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("command", "extra"), [("train", "train"), ("export", "train"), ("eval", "eval")], ids=str
+    ("command", "extra"),
+    [("train", "train"), ("export", "train"), ("import-compressai", "train"), ("eval", "eval")],
+    ids=str,
 )
 def test_a_missing_extra_is_named(command, extra, monkeypatch, capsys):
     import_module = cli.importlib.import_module

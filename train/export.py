@@ -41,7 +41,8 @@ def load_run(path: Path) -> tuple[Codec, dict[str, Any]]:
     """The codec of a Lightning checkpoint in its trainable state, with averaged weights if the run kept them.
 
     Returns:
-        The codec and the facts of the run: steps, minutes, and the arguments of its data module.
+        The codec and the facts of the run: steps, minutes, the arguments of its data module, and in words what it was
+        held to if that is more than rate and squared error.
 
     Raises:
         CheckpointError: not a checkpoint of `compand train`.
@@ -59,6 +60,7 @@ def load_run(path: Path) -> tuple[Codec, dict[str, Any]]:
             "steps": run["global_step"],
             "minutes": run["elapsed_seconds"] / 60,
             "data": run.get("datamodule_hyper_parameters") or {},
+            "objective": run.get("objective"),
         }
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
@@ -100,13 +102,14 @@ def sound_latents(
 
 @torch.inference_mode()
 def count_symbols(codec: Codec, files: Iterable[Path], seed: int = 0) -> list[list[Counter[int]]]:
-    """How often each symbol occurs with each table, every picture or sound at one random quality per level."""
+    """How often each symbol occurs with each table, every picture or sound at one random quality per level (of codecs
+    with tokens, at the level itself)."""
     generator = np.random.default_rng(seed)
     totals: list[list[Counter[int]]] = []
     for path in files:
-        drawn = np.round(
-            QUALITY_STEPS * (np.arange(codec.levels) + generator.uniform(0.5, 1.5, codec.levels))
-        )
+        # Between its levels, a codec with tokens is as at the level below.
+        aside = 1.0 if codec.vocabulary else generator.uniform(0.5, 1.5, codec.levels)
+        drawn = np.round(QUALITY_STEPS * (np.arange(codec.levels) + aside))
         qualities = drawn.astype(int).clip(QUALITY_STEPS, codec.levels * QUALITY_STEPS).tolist()
         latents = (
             sound_latents(codec, path, qualities, generator)
@@ -244,16 +247,25 @@ def write_card(folder: Path, codec: Codec, facts: Mapping[str, Any], tables: str
     latent = ", ".join(f"{name} {value}" for name, value in config["latent"].items())
     low, high = config["qualities"]
     data = ", ".join(f"{k} {v}" for k, v in facts["data"].items() if not k.startswith("_")) or "not recorded"
+    levels = f"lambda {codec.lambdas[0]:g} to {codec.lambdas[-1]:g}"
+    if codec.vocabulary:
+        levels = f"codebooks of {' | '.join(', '.join(map(str, sizes)) for sizes in codec.vocabulary)}"
     rows = {
         "codec": f"{codec.name}, {config['parameters']:,} numbers",
-        "qualities": f"{low} to {high}; lambda {codec.lambdas[0]:g} to {codec.lambdas[-1]:g}",
+        "qualities": f"{low} to {high}; {levels}",
         "latents": latent,
         "training": f"{facts['steps']} steps, {facts['minutes']:.1f} minutes",
+        "objective": facts.get("objective") or "rate and mean squared error",
         "data": data,
         "tables": tables,
         "exported": f"{date.today().isoformat()}, torch {torch.__version__}",
         "terms": "to be stated by the author: of the weights and of the data",
     }
+    write_rows(folder, rows)
+
+
+def write_rows(folder: Path, rows: Mapping[str, str]) -> None:
+    """The CARD.md of a checkpoint that nothing is measured of yet: a table of its facts."""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     (folder / "CARD.md").write_text(
         f"# {folder.name}\n\n| | |\n|---|---|\n{table}\n\n## Measured\n\n"

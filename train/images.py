@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from compand.errors import MediaError
 from compand.pictures import is_image_path, read_picture
 
 
-def find_images(root: str | Path) -> list[Path]:
-    """All image files below `root`, sorted. Raises MediaError if there is none."""
+def find_images(root: str | Path | Sequence[str]) -> list[Path]:
+    """All image files below a folder, or below each of several, sorted. Raises MediaError if there is none."""
+    if not isinstance(root, (str, Path)):
+        return [path for folder in root for path in find_images(folder)]
     paths = sorted(path for path in Path(root).rglob("*") if path.is_file() and is_image_path(path))
     if not paths:
         raise MediaError(f"{root}: no image found; give --data.root a folder with images")
@@ -83,7 +85,7 @@ class ImageFolder(pl.LightningDataModule):
     """Crops of all images below a folder for training, whole images held out from it for validation.
 
     Args:
-        root: folder with images, searched through all subfolders.
+        root: folder with images, searched through all subfolders, or several.
         batch_size: crops a batch and device.
         crop: edge of the crops in pixels, a multiple of 64.
         held_out: number of images, evenly spaced in the sorted list, that are kept for validation.
@@ -95,7 +97,7 @@ class ImageFolder(pl.LightningDataModule):
 
     def __init__(
         self,
-        root: str,
+        root: str | list[str],
         batch_size: int = 32,
         crop: int = 256,
         held_out: int = 16,

@@ -92,22 +92,6 @@ class Fold(nn.Module):
         return blocks.permute(0, 1, 3, 5, 2, 4).reshape(b, -1, h // self.rows, w // self.columns)
 
 
-class Expanded(nn.Module):
-    """Brings stored grids to samples; samples pass, so that training can vary them behind this layer.
-
-    Args:
-        expansion: takes [batch, inputs, h, w], gives [batch, 3, H, W].
-        stored: edges (h, w) of what is stored.
-    """
-
-    def __init__(self, expansion: nn.Module, stored: tuple[int, int]) -> None:
-        super().__init__()
-        self.expansion, self.stored = expansion.requires_grad_(False), stored
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.expansion(x.float()) if x.shape[2:] == self.stored else x
-
-
 class ItemLevel(nn.Module):
     """Gives every item a root mean square of 1, so that loudness tells nothing."""
 
@@ -185,9 +169,9 @@ class LatentClassification(DescentTraining):
         train_set: the packed training set; says what there is to learn from and what the classes are.
         field: "latents", "tokens" or "samples"; the data module delivers it.
         widths, blocks, drop_path, dropout: see `GridClassifier`.
-        expand: bring latents of pictures back to samples by the network's first layer, which does not learn
-            (`compand.data.LatentExpansion`); the layers for samples follow. More accurate than reading the grid, and
-            items are varied behind that layer, but it needs the layers' arithmetic at full resolution.
+        expand: bring latents of pictures back to samples by the network's first layer
+            (`compand.data.LatentExpansion`), which layers for samples follow: more accurate than reading the grid, for
+            more arithmetic.
         vary: vary the items; latents and tokens of a set of profile cpd, or without an installed codec, cannot be.
         lr, momentum, weight_decay, warmup_steps, minutes: see `DescentTraining`.
 
@@ -221,26 +205,28 @@ class LatentClassification(DescentTraining):
         self.axes, self.level = int(info.latent["axes"]), info.level
         self._coder = RowCodec(info)
         self._quantiser: Quantiser | None = None
-        self.expansion: LatentExpansion | None = None
-        if expand:
-            if field != "latents":
-                raise UsageError(f"{field} are not expanded: choose field latents")
-            self.expansion = LatentExpansion(self._coder.codec).requires_grad_(False)
-        stem, channels = self._stem(reader)
+        if expand and field != "latents":
+            raise UsageError(f"{field} are not expanded: choose field latents")
+        stem, channels = self._stem(reader, expand)
         self.network = GridClassifier(
             stem, channels, self.classes, self.axes, widths, blocks, drop_path, dropout
         )
 
-    def _stem(self, reader: PackedReader) -> tuple[nn.Module, int]:
+    def _stem(self, reader: PackedReader, expand: bool) -> tuple[nn.Module, int]:
         channels, stride = int(reader.info.latent["channels"]), int(reader.info.latent["stride"])
-        if self.field != "samples" and self.expansion is None:
+        if self.field != "samples" and not expand:
             normalise = latent_stem(reader, self.field)
             return (nn.Sequential(normalise, ItemLevel()) if self.axes == 1 else normalise), channels
-        if self.axes == 1:
+        if self.axes == 1 and not expand:
             raise UsageError("decoded sounds have several lengths and rates: choose field latents or tokens")
         widths = [32, 64, 96, 128][: stride.bit_length() - 1]
-        colours = LatentStem(255 * torch.tensor(MEAN), 255 * torch.tensor(DEVIATION), 1)
-        return nn.Sequential(colours, strided_stem(3, widths, [2] * len(widths))), widths[-1]
+        convolutions = strided_stem(3, widths, [2] * len(widths))
+        mean, deviation = torch.tensor(MEAN), torch.tensor(DEVIATION)
+        if expand:
+            layers = [LatentExpansion(self._coder.codec), LatentStem(mean, deviation, 1), convolutions]
+        else:
+            layers = [LatentStem(255 * mean, 255 * deviation, 1), convolutions]
+        return nn.Sequential(*layers), widths[-1]
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """inputs: of the field; targets: class probabilities [batch, classes]."""
@@ -257,13 +243,12 @@ class LatentClassification(DescentTraining):
         self.log("val/accuracy", correct.float().mean(), batch_size=len(correct), prog_bar=True)
 
     def varied(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A varied batch: inputs [batch, C, h, w] of the field, expanded if they are to be, and targets
-        [batch, classes] from labels [batch]."""
+        """A varied batch: inputs [batch, C, h, w] of the field, and targets [batch, classes] from labels [batch]."""
         targets = F.one_hot(labels, self.classes).float()
         smoothed = torch.lerp(targets, torch.full_like(targets, 1 / self.classes), SMOOTHING)
         if not self.vary:
             return inputs, smoothed
-        if self.field == "samples" or self.expansion is not None:
+        if self.field == "samples":
             pictures, targets = self._variation(inputs.shape).distorted(inputs, labels)
             return pictures * 255, targets
         quantiser = self._on_device()
@@ -306,9 +291,6 @@ class LatentClassification(DescentTraining):
         return self._quantiser
 
     def _grid(self, batch: dict[str, Any]) -> Tensor:
-        """Inputs of a batch as [batch, C, h, w], expanded if they are to be; h is 1 for sounds."""
+        """Inputs of a batch as [batch, C, h, w]; h is 1 for sounds."""
         inputs: Tensor = batch[self.field]
-        if self.expansion is not None:
-            with torch.autocast(self.device.type, enabled=False):
-                return 255 * self.expansion(inputs)
         return inputs if inputs.ndim == 4 else inputs[:, :, None]

@@ -160,4 +160,8 @@ class MuonAdam(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self.recapture()
+
+    def recapture(self) -> None:
+        """Looks at the parameters and their gradients anew: other ones learn from now on, or gradients moved."""
         self._rates, self._graph, self._warm = [], None, 0

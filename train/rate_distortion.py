@@ -6,35 +6,17 @@ import math
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from compand.audio_codec import AudioCodec
 from compand.checkpoint import find
 from compand.codec import QUALITY_STEPS, Codec, level_table_at
 from compand.errors import UsageError
+from compand.train.codec_training import CodecTraining, as_samples, rate_unit
 from compand.train.optim import MuonAdam
-from compand.train.schedule import TimedModule
 from compand.weights import warm_start
 
 
-def as_samples(batch: Tensor) -> Tensor:
-    """What a data module yields as samples of a codec: bytes of pictures become numbers in [0, 1], channels last;
-    floating-point samples are taken as they are."""
-    if batch.is_floating_point():
-        return batch
-    return (batch.float() / 255).contiguous(memory_format=torch.channels_last)
-
-
-def rate_unit(codec: Codec) -> tuple[str, float]:
-    """The unit in which rates of a medium are shown, and how many of it are one bit per pixel or time step."""
-    if not isinstance(codec, AudioCodec):
-        return "bpp", 1.0
-    return ("bits", 1.0) if codec.rate is None else ("kbps", codec.rate / 1000)
-
-
-class RateDistortion(TimedModule):
+class RateDistortion(CodecTraining):
     """Minimises the mean over sampled qualities q of w(q) (R + lambda(q) 255^2 D).
 
     R is in bits per pixel (of a sound, per time step), D the mean squared error of samples in [0, 1] (of a sound, in
@@ -42,9 +24,6 @@ class RateDistortion(TimedModule):
     Lagrange multiplier interpolated geometrically between the codec's `lambdas`; w(q) = lambda(q)^-1/2, scaled to 1 at
     the middle, keeps the high rates from drowning the low ones (a relative saving counts about the same at every rate).
     The auxiliary loss of the factorised density's quantiles is added; its gradient reaches the quantiles alone.
-
-    On one CUDA device the forward and backward pass are captured as a CUDA graph, since a step at these model sizes is
-    bound by kernel launches.
 
     Args:
         codec: the codec to train, in its trainable state.
@@ -81,9 +60,8 @@ class RateDistortion(TimedModule):
         train_transform: bool = True,
         train_encoder: bool = True,
     ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.codec = codec
+        super().__init__(codec, lr, final_lr_fraction, warmup_steps, cuda_graph, compile_transform, minutes)
+        self.clip = clip
         if start_from is not None:
             warm_start(codec, find(start_from), prior=start_prior)
         if not train_transform:
@@ -96,20 +74,8 @@ class RateDistortion(TimedModule):
                 )
             for name, parameter in codec.named_parameters():
                 parameter.requires_grad_(name.startswith("transform.synthesis"))
-        self.lr, self.final_lr_fraction, self.warmup_steps, self.clip = (
-            lr,
-            final_lr_fraction,
-            warmup_steps,
-            clip,
-        )
-        self.cuda_graph = cuda_graph
         self.log2_lambdas: Tensor
         self.register_buffer("log2_lambdas", torch.tensor(codec.lambdas).log2()[:, None], persistent=False)
-        self.compile_transform, self.minutes = compile_transform, minutes
-        self._analysis, self._synthesis = codec.transform.analysis, codec.transform.synthesis
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._static: tuple[Tensor, Tensor] | None = None
-        self._warm = 0
 
     def evaluate(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """x: [batch, channels, h, w]. Returns bits per pixel [batch], mean squared error [batch], further losses."""
@@ -139,39 +105,10 @@ class RateDistortion(TimedModule):
         nn.utils.clip_grad_norm_(self.parameters(), self.clip)
         return shown
 
-    def _captured_backward(self, crops: Tensor) -> Tensor:
-        if self._graph is not None and self._static is not None:
-            self._static[0].copy_(crops)
-            self._graph.replay()
-            return self._static[1]
-        self._warm += 1
-        if self._warm <= 3:
-            for p in self.parameters():
-                p.grad = None
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                shown = self._backward(crops)
-            torch.cuda.current_stream().wait_stream(side)
-            return shown
-        for p in self.parameters():
-            p.grad = None
-        static = crops.clone()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            shown = self._backward(static)
-        self._static = (static, shown)
-        self._graph.replay()
-        return shown
-
     def training_step(self, crops: Tensor, batch_index: int) -> None:
         optimizer: Any = self.optimizers()
         self._set_learning_rate(optimizer)
-        if crops.is_cuda and self._graphs():
-            shown = self._captured_backward(crops)
-        else:
-            optimizer.zero_grad()
-            shown = self._backward(crops)
+        shown = self.run_step(self._backward, crops, [optimizer])
         optimizer.step()
         # Reading a value waits for the device, so it is done only as often as the log asks for it.
         if (batch_index + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -182,37 +119,6 @@ class RateDistortion(TimedModule):
             values = {"loss": loss, unit: factor * bits, "psnr": -10 * math.log10(mse)}
             self.log_dict(values, prog_bar=True, on_step=True, on_epoch=False)
 
-    def _graphs(self) -> bool:
-        """Whether steps are captured: gradients of several processes are exchanged outside a graph."""
-        return self.cuda_graph and (self._trainer is None or self.trainer.world_size == 1)
-
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        if self.compile_transform:
-            transform = self.codec.transform
-            self._analysis, self._synthesis = (
-                torch.compile(transform.analysis),
-                torch.compile(transform.synthesis),
-            )
-
-    def _set_learning_rate(self, optimizer: Any) -> None:
-        factor = self.learning_rate_factor()
-        for group in optimizer.param_groups:
-            group["lr"] = factor * group["peak_lr"]
-
-    def on_train_end(self) -> None:
-        """Keeps the end of the run as well: the last weights come after the last periodic checkpoint."""
-        callback = self.trainer.checkpoint_callback
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-            final = f"{callback.dirpath}/final.ckpt"
-            self.trainer.save_checkpoint(final)
-            if self.trainer.is_global_zero:
-                print(f"trained: {final}; next: compand export {final} --data FOLDER")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["codec"] = {"name": self.codec.name, "architecture": self.codec.architecture}
-
     def validation_step(self, item: Tensor, batch_index: int) -> None:
         """Estimated rate and PSNR of one whole picture, or of an excerpt of a sound, at every quality level.
 
@@ -220,18 +126,13 @@ class RateDistortion(TimedModule):
         change along a curve of 6 dB a doubling of R and falls as the curve improves.
         """
         x = as_samples(item)
-        height, width = x.shape[2:]
-        stride, sound = self.codec.transform.stride, self.codec.medium == "audio"
-        padded = F.pad(x, (0, -width % stride, 0, 0 if sound else -height % stride), mode="replicate")
         unit, factor = rate_unit(self.codec)
         cost = 0.0
         for level in range(1, self.codec.levels + 1):
-            quality = torch.full((1,), level * QUALITY_STEPS, device=x.device)
-            output = self.codec.bottleneck(self.codec.transform.analysis(padded, quality), quality)
-            x_hat = self.codec.transform.synthesis(output.y_hat, quality)[..., :height, :width].float()
-            mse = (x_hat.clamp(-1 if sound else 0, 1) - x).square().mean()
+            x_hat, rate = self.at_level(x, level)
+            mse = (x_hat - x).square().mean()
             # Silence costs nothing and has no error; the logarithms stay finite.
-            bits = (output.bits.sum() / (height * width)).clamp(min=1e-6)
+            bits = rate.clamp(min=1e-6)
             psnr = -10 * torch.log10(mse.clamp(min=1e-12))
             cost += (torch.log10(bits) - psnr / 20).item() / self.codec.levels
             self.log_dict({f"val/{unit}_{level}": factor * bits, f"val/psnr_{level}": psnr}, batch_size=1)

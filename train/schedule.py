@@ -16,11 +16,13 @@ class TimedModule(pl.LightningModule):
         minutes: time limit; None: the trainer's `max_steps` alone ends the training.
         warmup_steps: steps of linear warm-up.
         final_lr_fraction: what the cosine decay leaves of the peak learning rate.
+        progress: share of the training that is done, by steps or by time, as of the last `learning_rate_factor`.
     """
 
     minutes: float | None = None
     warmup_steps: int = 0
     final_lr_fraction: float = 0.0
+    progress: float = 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,6 +47,7 @@ class TimedModule(pl.LightningModule):
             )
             progress = max(progress, elapsed / (60 * self.minutes))
             self.trainer.should_stop = progress >= 1
+        self.progress = progress
         cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
         factor = self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine
         return factor * min(1, (self.global_step + 1) / max(self.warmup_steps, 1))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from compand.bottlenecks.gains import GainUnit
 from compand.codec import Bottleneck, BottleneckOutput, Counts
 from compand.errors import UsageError
+from compand.refinement import Relaxation, SoftRounding
 
 INPUT_LIMIT = 2.0**30
 """Latents are clamped to +- this, so that no product with 1 / scale overflows."""
@@ -130,7 +131,7 @@ class CompandingBottleneck(Bottleneck):
                 "give both the same number"
             )
         self.inner, self.compander = inner, compander
-        self.latent_channels = inner.latent_channels
+        self.latent_channels, self.refinable = inner.latent_channels, inner.refinable
         self.encoder_parts = tuple(f"inner.{part}" for part in inner.encoder_parts)
         self.coarse_parts = tuple(f"inner.{part}" for part in inner.coarse_parts)
 
@@ -157,6 +158,9 @@ class CompandingBottleneck(Bottleneck):
 
     def dequantise(self, integers: Tensor, quality: int) -> Tensor:
         return self._expand(self.inner.dequantise(integers, quality))
+
+    def relaxed(self, y: Tensor, quality: int) -> Relaxation:
+        return _RelaxedCompanding(self, self.inner.relaxed(self._compress(y), quality))
 
     def _compress(self, y: Tensor) -> Tensor:
         with torch.autocast(y.device.type, enabled=False):
@@ -190,3 +194,19 @@ class CompandingBottleneck(Bottleneck):
 
     def load_frozen(self, arrays: Mapping[str, NDArray[np.int32]]) -> None:
         self.inner.load_frozen(arrays)
+
+
+class _RelaxedCompanding(Relaxation):
+    """Another relaxation, whose result is expanded."""
+
+    def __init__(self, bottleneck: CompandingBottleneck, inner: Relaxation) -> None:
+        self._bottleneck, self._inner = bottleneck, inner
+        self.variables = inner.variables
+
+    def sample(self, rounding: SoftRounding) -> tuple[Tensor, Tensor]:
+        bits, u_hat = self._inner.sample(rounding)
+        return bits, self._bottleneck._expand(u_hat)
+
+    def code(self) -> tuple[bytes, Tensor]:
+        payload, u_hat = self._inner.code()
+        return payload, self._bottleneck._expand_items(u_hat)

@@ -14,6 +14,7 @@ from compand.codec import QUALITY_STEPS, Bottleneck, BottleneckOutput, Counts, s
 from compand.coding.ans import AnsReader, AnsWriter
 from compand.coding.tables import TableSet
 from compand.errors import CheckpointError, UsageError
+from compand.refinement import Relaxation, SoftRounding, TableCosts
 
 QUANTIZATIONS = ("mixed", "noise", "none")
 """What stands in for rounding in training, see `quantised`."""
@@ -178,6 +179,7 @@ class FactorizedBottleneck(Bottleneck):
     """
 
     encoder_parts = ()
+    refinable = True
     TABLES_A_LEVEL = 4
 
     def __init__(
@@ -217,12 +219,14 @@ class FactorizedBottleneck(Bottleneck):
         for item, level in zip(y, quality.tolist(), strict=True):
             symbols = to_symbols(item[None] * self.y_gain.gain(self._level(level, y)))
             bits.append(float(tables.bits(symbols.ravel(), self._indexes(item.shape[1:], level)).sum()))
-            y_hats.append(torch.from_numpy(symbols).to(y) * self.y_gain.inverse(self._level(level, y)))
+            y_hats.append(self._dequantise(symbols, level))
         return BottleneckOutput(torch.cat(y_hats), torch.tensor(bits, dtype=torch.float64, device=y.device))
 
     def compress(self, y: Tensor, quality: int) -> list[bytes]:
+        return self._push(to_symbols(y.float() * self.y_gain.gain(self._level(quality, y))), quality)
+
+    def _push(self, symbols: NDArray[np.int32], quality: int) -> list[bytes]:
         tables = self._frozen()
-        symbols = to_symbols(y.float() * self.y_gain.gain(self._level(quality, y)))
         indexes = self._indexes(symbols.shape[2:], quality)
         payloads = []
         for item in symbols:
@@ -239,8 +243,14 @@ class FactorizedBottleneck(Bottleneck):
             reader = AnsReader(payload)
             items.append(reader.pull(indexes, tables).reshape(self.latent_channels, *shape))
             reader.finish()
-        symbols = torch.from_numpy(np.stack(items)).to(self.y_gain.log2_gain)
-        return symbols * self.y_gain.inverse(self._level(quality, symbols))
+        return self._dequantise(np.stack(items), quality)
+
+    def _dequantise(self, symbols: NDArray[np.int32], quality: int) -> Tensor:
+        values = torch.from_numpy(symbols).to(self.y_gain.log2_gain)
+        return values * self.y_gain.inverse(self._level(quality, values))
+
+    def relaxed(self, y: Tensor, quality: int) -> Relaxation:
+        return _RelaxedFactorized(self, y, quality)
 
     def quantise(self, y: Tensor, quality: int) -> Tensor:
         return self.y_gain.quantise(y, quality)
@@ -304,5 +314,33 @@ class FactorizedBottleneck(Bottleneck):
         return torch.tensor([quality], device=like.device)
 
     def _indexes(self, shape: Sequence[int], quality: int) -> NDArray[np.int64]:
+        return np.repeat(self._rows(quality), shape[0] * shape[1])
+
+    def _rows(self, quality: int) -> NDArray[np.int64]:
+        """Table of each channel."""
         first = round((quality - QUALITY_STEPS) * self.TABLES_A_LEVEL / QUALITY_STEPS) * self.latent_channels
-        return np.repeat(np.arange(first, first + self.latent_channels), shape[0] * shape[1])
+        return np.arange(first, first + self.latent_channels)
+
+
+class _RelaxedFactorized(Relaxation):
+    """Symbols are y * gain, rounded."""
+
+    def __init__(self, bottleneck: FactorizedBottleneck, y: Tensor, quality: int) -> None:
+        self._bottleneck, self._quality = bottleneck, quality
+        level = torch.tensor([quality], device=y.device)
+        self._steps = y.float() * bottleneck.y_gain.gain(level)
+        self._inverse = bottleneck.y_gain.inverse(level)
+        self._costs = TableCosts(bottleneck._frozen(), bottleneck._rows(quality).tolist(), y.device)
+        self._rows = torch.arange(y.shape[1], device=y.device)[:, None, None]
+        self._offset = torch.zeros_like(self._steps).requires_grad_()
+        self.variables = [self._offset]
+
+    def sample(self, rounding: SoftRounding) -> tuple[Tensor, Tensor]:
+        rounded = rounding(self._steps + self._offset)
+        return self._costs(rounded, self._rows).sum(), rounded.value * self._inverse
+
+    def code(self) -> tuple[bytes, Tensor]:
+        symbols = to_symbols(self._steps + self._offset)
+        return self._bottleneck._push(symbols, self._quality)[0], self._bottleneck._dequantise(
+            symbols, self._quality
+        )

@@ -25,6 +25,7 @@ from compand.coding.integer import (
 )
 from compand.coding.tables import TableSet
 from compand.errors import CheckpointError, UsageError
+from compand.refinement import Relaxation, SoftRounding, TableCosts
 
 SCALES = 64
 MIN_LOG2_SCALE = -3.5
@@ -79,21 +80,25 @@ class HyperpriorBottleneck(Bottleneck):
         latent_channels: channels M of y.
         lambdas: Lagrange multiplier of each quality level; sets the initial gains.
         hyper_channels: channels N of z.
-        widths: channels of h_s at twice the resolution of z, and two widths at that of y.
+        widths: channels of h_s at twice the resolution of z, and one or two widths at that of y; without the second,
+            the last kernel has an extent of 3 instead of 1.
         trainable: whether h_s and the densities are built (needs compressai) or only the frozen state is to be loaded.
         dimensions: 2 for images; 1 for signals, y [batch, M, 1, n], of which z has a quarter of the time resolution.
         means: False leaves mu out: y is coded around zero, so that y = 0 is restored exactly (silence, in sounds).
         hyper_analysis_kernel: size of the strided kernels of h_a, from 2; 3 costs a third of 5.
         media_channels: channels of the samples; sets the initial gains.
         quantization: what stands in for rounding in training: "mixed", "noise" or "none", see `quantised`.
+        activations: between the layers of h_a and of h_s; those of h_s are ReLU or LeakyReLU.
 
     Raises:
         UsageError: dimensions, kernel or quantization do not exist.
     """
 
     scale_offset: nn.Parameter
+    _unit: Tensor
     encoder_parts = ("hyper_analysis", "z_gain")
-    coarse_parts = ("hyper_analysis",)
+    coarse_parts: tuple[str, ...] = ("hyper_analysis",)
+    refinable = True
 
     def __init__(
         self,
@@ -108,6 +113,7 @@ class HyperpriorBottleneck(Bottleneck):
         hyper_analysis_kernel: int = 5,
         media_channels: int = 3,
         quantization: str = "mixed",
+        activations: tuple[type[nn.Module], type[nn.Module]] = (nn.GELU, nn.ReLU),
     ) -> None:
         super().__init__()
         if dimensions not in (1, 2):
@@ -132,9 +138,10 @@ class HyperpriorBottleneck(Bottleneck):
             return nn.Conv2d(inputs, outputs, edges, strides, padding)
 
         k = hyper_analysis_kernel
+        encoding, decoding = activations
         self.hyper_analysis = nn.Sequential(
-            convolution(m, n, 3), nn.GELU(),
-            convolution(n, n, k, 2), nn.GELU(),
+            convolution(m, n, 3), encoding(),
+            convolution(n, n, k, 2), encoding(),
             convolution(n, n, k, 2),
         )  # fmt: skip
         self.prior: IntegerNetwork | None = None
@@ -142,6 +149,8 @@ class HyperpriorBottleneck(Bottleneck):
         self.y_tables: TableSet | None = None
         self._multiplier = torch.zeros(0)
         self._shift = torch.zeros(0)
+        unit = torch.tensor(1 / (1 << FRACTION_BITS), dtype=torch.float32)  # of the integer prior's means
+        self.register_buffer("_unit", unit, persistent=False)
         self.trainable = trainable
         if not trainable:
             return
@@ -151,14 +160,16 @@ class HyperpriorBottleneck(Bottleneck):
 
         self.y_density = GaussianConditional(None)
         self.scale_offset = nn.Parameter(torch.zeros(len(lambdas), m))
-        a, b, c = widths
+        a, b, *further = widths
         shuffle, unfolded = (nn.PixelShuffle, 4) if planar else (WidthShuffle, 2)
-        self.hyper_synthesis = nn.Sequential(
-            convolution(n, unfolded * a, 3), shuffle(2), nn.ReLU(),
-            convolution(a, unfolded * b, 3), shuffle(2), nn.ReLU(),
-            convolution(b, c, 3), nn.ReLU(),
-            convolution(c, (1 + means) * m, 1),
-        )  # fmt: skip
+        layers = [
+            convolution(n, unfolded * a, 3), shuffle(2), decoding(),
+            convolution(a, unfolded * b, 3), shuffle(2), decoding(),
+        ]  # fmt: skip
+        for c in further:
+            layers += [convolution(b, c, 3), decoding()]
+        layers.append(convolution((b, *further)[-1], (1 + means) * m, 1 if further else 3))
+        self.hyper_synthesis = nn.Sequential(*layers)
         last = self.hyper_synthesis[-1]
         assert isinstance(last, nn.Conv2d) and last.bias is not None
         with torch.no_grad():
@@ -171,17 +182,17 @@ class HyperpriorBottleneck(Bottleneck):
             return self._forward_frozen(y, quality)
         if not self.trainable:
             raise CheckpointError("this codec is frozen: build it in its trainable state to train it")
-        z = self.hyper_analysis(self._padded(y))
+        z = self._analysed(y)
         with torch.autocast(y.device.type, enabled=False):
             z = z.float() * self.z_gain.gain(quality)
             z_coded, z_decoded = quantised(z, self.quantization, self.training)
             z_bits = self.z_density.bits(z_coded)
-            hyper = z_decoded * level_table_at(self.z_gain.inverse_levels(), quality)[:, :, None, None]
+            hyper = self._hyper(z_decoded, quality)
         parameters = self.hyper_synthesis(hyper)[..., : y.shape[2], : y.shape[3]]
         with torch.autocast(y.device.type, enabled=False):
             means, log2_scales = self._split(parameters.float())
             shift = self.y_gain.log2(quality) + level_table_at(self.scale_offset, quality)
-            scales = torch.exp2((log2_scales + shift[:, :, None, None]).clamp(max=12))
+            scales = self._scales(log2_scales, shift[:, :, None, None])
             residual = (y.float() - means) * self.y_gain.gain(quality)
             coded, decoded = quantised(residual, self.quantization, self.training)
             likelihood = self.y_density.likelihood_lower_bound(self.y_density._likelihood(coded, scales))
@@ -200,8 +211,15 @@ class HyperpriorBottleneck(Bottleneck):
         return BottleneckOutput(torch.cat(y_hats), torch.tensor(bits, dtype=torch.float64, device=y.device))
 
     def compress(self, y: Tensor, quality: int) -> list[bytes]:
+        z, coded, _ = self._encode(y, quality)
+        return self._push(z, coded)
+
+    def _push(
+        self, z: tuple[NDArray[np.int64], NDArray[np.int32]], y: tuple[NDArray[np.uint8], NDArray[np.int32]]
+    ) -> list[bytes]:
+        """Payloads of table indexes and symbols as `_encode` gives them."""
         z_tables, y_tables = self._frozen()
-        (z_indexes, z_symbols), (y_indexes, y_symbols), _ = self._encode(y, quality)
+        (z_indexes, z_symbols), (y_indexes, y_symbols) = z, y
         payloads = []
         for z_item, y_item, index in zip(z_symbols, y_symbols, y_indexes, strict=True):
             writer = AnsWriter()
@@ -235,29 +253,76 @@ class HyperpriorBottleneck(Bottleneck):
         tuple[NDArray[np.int64], NDArray[np.int32]], tuple[NDArray[np.uint8], NDArray[np.int32]], Tensor
     ]:
         """Table indexes and symbols of z (shared, [batch, ...]) and of y (both [batch, ...]), and means of y."""
+        return self._encode_with(y, self._hyper_steps(y, quality), quality)
+
+    def _hyper_steps(self, y: Tensor, quality: int) -> Tensor:
+        """z in quantisation steps."""
         level = torch.tensor([quality], device=y.device)
-        z = self.hyper_analysis(self._padded(y)).float() * self.z_gain.gain(level)
+        return self._analysed(y).float() * self.z_gain.gain(level)
+
+    def _analysed(self, y: Tensor) -> Tensor:
+        """h_a."""
+        z: Tensor = self.hyper_analysis(self._padded(y))
+        return z
+
+    def _hyper(self, z: Tensor, quality: Tensor) -> Tensor:
+        """What the floating-point h_s works on: z, given in quantisation steps."""
+        return z * level_table_at(self.z_gain.inverse_levels(), quality)[:, :, None, None]
+
+    def _scales(self, scales: Tensor, shift: Tensor) -> Tensor:
+        """Standard deviations of y in quantisation steps, from h_s in floating point and log2 of the gains."""
+        return torch.exp2((scales + shift).clamp(max=12))
+
+    def _encode_with(
+        self, y: Tensor, z: Tensor, quality: int
+    ) -> tuple[
+        tuple[NDArray[np.int64], NDArray[np.int32]], tuple[NDArray[np.uint8], NDArray[np.int32]], Tensor
+    ]:
+        """As `_encode`, of a z that is given in quantisation steps."""
+        level = torch.tensor([quality], device=y.device)
         z_symbols = to_symbols(z)
         means, indexes = self._predict(torch.from_numpy(z_symbols), quality, y.shape[2:])
         symbols = to_symbols((y.float().contiguous() - means) * self.y_gain.gain(level))
         z_indexes = self._z_indexes(z_symbols.shape[2:])
         return (z_indexes, z_symbols), (indexes.cpu().numpy(), symbols), means
 
+    def relaxed(self, y: Tensor, quality: int) -> Relaxation:
+        return _RelaxedHyperprior(self, y, quality)
+
     def _predict(self, z: Tensor, quality: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The integer prior: symbols of z -> means [batch, M, h, w] and table indexes, uint8 of the same shape."""
         self._frozen()
         assert self.prior is not None
         device = self.y_gain.log2_gain.device
-        multiplier = interpolate_levels(self._multiplier, quality, QUALITY_STEPS).to(device)
         # Beyond 2**30 every index is the first or the last; within it 32 bits hold the sum.
         shift = interpolate_levels(self._shift, quality, QUALITY_STEPS).clamp(-(1 << 30), 1 << 30)
-        hyper = z.to(device).long() * multiplier[:, None, None]
-        means, log2_scales = self._split(self.prior(hyper)[..., : shape[0], : shape[1]])
-        indexes = scale_indexes(log2_scales + shift[:, None, None].int().to(device))
-        return means.to(torch.float32) * (1 / (1 << FRACTION_BITS)), indexes
+        parameters = self.prior(self._exact_hyper(z.to(device).long(), quality))
+        means, scales = self._split(parameters[..., : shape[0], : shape[1]])
+        indexes = scale_indexes(self._exact_log2(scales, shift[:, None, None].int().to(device)))
+        return means.to(torch.float32) * self._unit, indexes
+
+    def _exact_hyper(self, z: Tensor, quality: int) -> Tensor:
+        """What the integer h_s works on, fixed-point: z, given in quantisation steps. Floats are not rounded."""
+        multiplier = interpolate_levels(self._multiplier, quality, QUALITY_STEPS).to(z)
+        return z * multiplier[:, None, None]
+
+    def _exact_log2(self, scales: Tensor, shift: Tensor) -> Tensor:
+        """log2 of the scales in quantisation steps, fixed-point, from what the integer h_s gives and from that of the
+        gains. Floats are not rounded."""
+        return scales + shift
+
+    def _relaxed_prediction(self, z: Tensor, quality: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """`_predict` without rounding, for gradients: symbols of z, which may lie between integers -> means
+        [1, M, h, w] and places among the tables' scales, 0 for the first."""
+        assert self.prior is not None
+        shift = interpolate_levels(self._shift, quality, QUALITY_STEPS).to(z)
+        parameters = self.prior.relaxed(self._exact_hyper(z, quality))
+        means, scales = self._split(parameters[..., : shape[0], : shape[1]])
+        log2_scales = self._exact_log2(scales, shift[:, None, None])
+        return means * self._unit, (log2_scales - MIN_LOG2_SCALE * (1 << FRACTION_BITS)) / SCALE_STEP
 
     def _split(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Output of h_s -> mu (without means, zeros of one element) and log2 sigma."""
+        """Output of h_s -> mu (without means, zeros of one element) and what says the scales, log2 sigma here."""
         if self.means:
             means, log2_scales = parameters.chunk(2, 1)
             return means, log2_scales
@@ -287,7 +352,7 @@ class HyperpriorBottleneck(Bottleneck):
         """
         if not self.trainable:
             raise CheckpointError("this bottleneck is frozen already")
-        self.prior = IntegerNetwork.from_float(self.hyper_synthesis).to(self.y_gain.log2_gain.device)
+        self.prior = IntegerNetwork.from_float(self._scaled_prior()).to(self.y_gain.log2_gain.device)
         self._multiplier = to_fixed(self.z_gain.inverse_levels().detach()).cpu()
         self._shift = to_fixed((self.y_gain.log2_gain + self.scale_offset).detach()).cpu()
         z_counts, y_counts = counts or ([{}] * self.hyper_channels, [{}] * SCALES)
@@ -297,6 +362,10 @@ class HyperpriorBottleneck(Bottleneck):
         self.y_tables = blend(
             [row[:-1] for row in rows], gaussian.lows.tolist(), [float(row[-1]) for row in rows], y_counts
         )
+
+    def _scaled_prior(self) -> nn.Sequential:
+        """h_s with activations in the range of the integer network."""
+        return self.hyper_synthesis
 
     def least_bits(self, shape: tuple[int, int]) -> float:
         z_tables, y_tables = self._frozen()
@@ -364,3 +433,41 @@ class HyperpriorBottleneck(Bottleneck):
         if self.z_tables is None or self.y_tables is None:
             raise CheckpointError("this codec has no tables yet: export it first (compand export)")
         return self.z_tables, self.y_tables
+
+
+class _RelaxedHyperprior(Relaxation):
+    """y and z, with the integer prior without its rounding between them.
+
+    Bits of a symbol are those of the table that it will be coded with; from the difference to the next one z learns
+    what it does to them. Coding rounds z first; what y is rounded around follows from that.
+    """
+
+    def __init__(self, bottleneck: HyperpriorBottleneck, y: Tensor, quality: int) -> None:
+        z_tables, y_tables = bottleneck._frozen()
+        self._bottleneck, self._quality = bottleneck, quality
+        level = torch.tensor([quality], device=y.device)
+        self._y, self._z = y.float().contiguous(), bottleneck._hyper_steps(y, quality).detach()
+        self._gain, self._inverse = bottleneck.y_gain.gain(level), bottleneck.y_gain.inverse(level)
+        self._z_costs = TableCosts(z_tables, range(len(z_tables)), y.device)
+        self._y_costs = TableCosts(y_tables, range(len(y_tables)), y.device)
+        self._z_rows = torch.arange(self._z.shape[1], device=y.device)[:, None, None]
+        self.variables = [torch.zeros_like(part).requires_grad_() for part in (self._y, self._z)]
+
+    def sample(self, rounding: SoftRounding) -> tuple[Tensor, Tensor]:
+        y_offset, z_offset = self.variables
+        z = rounding(self._z + z_offset)
+        means, places = self._bottleneck._relaxed_prediction(z.value, self._quality, self._y.shape[2:])
+        y = rounding((self._y - means) * self._gain + y_offset)
+        place = places.clamp(0, SCALES - 1)
+        row = place.detach().floor().clamp(max=SCALES - 2)
+        nearer_above = place.detach() - row >= 0.5
+        below, above = (self._y_costs(y, each) for each in (row.long(), row.long() + 1))
+        slope = (above - below).detach() * (place - place.detach())
+        bits = torch.where(nearer_above, above, below) + slope
+        return self._z_costs(z, self._z_rows).sum() + bits.sum(), y.value * self._inverse + means
+
+    def code(self) -> tuple[bytes, Tensor]:
+        y_offset, z_offset = (variable.detach() for variable in self.variables)
+        moved = self._y + y_offset / self._gain
+        z, y, means = self._bottleneck._encode_with(moved, self._z + z_offset, self._quality)
+        return self._bottleneck._push(z, y)[0], self._bottleneck._dequantise(y[1], means, self._quality)

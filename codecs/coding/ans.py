@@ -10,7 +10,8 @@ words, 64-bit state, 24-bit probabilities. In the order in which a reader meets 
             length of the code, in 6 equally probable bits    (code: see `tables.escape_codes`)
             bits 0-15 of the code below its leading one, then bits 16-31, then bits 32-33
 
-A push of runs is its symbols alone, in the order given.
+A push of runs is its symbols alone, in the order given, and so is one of ranges, whose symbols have frequencies of
+their own.
 
 Symbols of one table are coded in one call, which is what makes the coder fast; blocks keep the grouping
 within the processor's cache. Words are little-endian and the zero bytes that end the last one are left out.
@@ -31,6 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 from compand.coding import ans_reference
 from compand.coding.tables import (
     ESCAPE_LENGTH_BITS,
+    PRECISION,
     TableSet,
     code_lengths,
     escape_codes,
@@ -64,6 +66,7 @@ _PIECE = 16
 _PIECE_STARTS = (0, 16, 32)
 _MAX_CODE_LENGTH = 33
 _INT32 = np.iinfo(np.int32)
+_TOTAL = np.float32(1 << PRECISION)
 
 
 Runs = Sequence[tuple[int, int]]
@@ -79,7 +82,7 @@ class AnsWriter:
 
     def __init__(self, backend: str = BACKEND) -> None:
         self._backend = _backend(backend)
-        self._blocks: list[_Block] = []
+        self._blocks: list[_Block | _Ranges] = []
 
     def push(self, values: ArrayLike, indexes: ArrayLike, tables: TableSet) -> None:
         """Append values [N] (integers in the range of int32), coded with the tables that indexes [N] name.
@@ -107,10 +110,23 @@ class AnsWriter:
             raise UsageError(f"{symbols.size} symbols but runs of {start}: give as many")
         self._blocks.append(_Block(tables, ranges, np.ascontiguousarray(symbols, dtype=np.int32), None))
 
+    def push_ranges(self, starts: NDArray[np.float32], frequencies: NDArray[np.float32]) -> None:
+        """Append symbols by the quantiles that they own, in the order given.
+
+        Args:
+            starts: sum of the frequencies of the symbols before each one, integers [N].
+            frequencies: its own, integers [N] from 1 to 2**PRECISION - 2.
+        """
+        self._blocks.append(_Ranges(starts, frequencies))
+
     def finish(self) -> bytes:
         """Encode everything that was pushed."""
         coder = self._backend.coder(np.array([FIRST_STATE], dtype=np.uint32))
-        for tables, ranges, symbols, codes in reversed(self._blocks):
+        for block in reversed(self._blocks):
+            if isinstance(block, _Ranges):
+                coder.encode_ranges_reverse(*block)
+                continue
+            tables, ranges, symbols, codes = block
             models = self._backend.models(tables)
             if codes is not None:
                 _encode_escapes(coder, codes)
@@ -176,6 +192,14 @@ class AnsReader:
         parts = [decode(models(table), count) for table, count in runs]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
+    def pull_rows(self, rows: NDArray[np.float32]) -> NDArray[np.int32]:
+        """Return the next symbols, int32 [n], of which `AnsWriter.push_ranges` took the quantiles.
+
+        Args:
+            rows: frequencies of the K symbols that each may be, integers >= 1 with sum 2**PRECISION, [n, K].
+        """
+        return self._coder.decode_rows(rows)
+
     def finish(self) -> None:
         """Check that the data is used up.
 
@@ -217,6 +241,13 @@ class _Block(NamedTuple):
     ranges: list[tuple[int, int, int]]  # as in _Groups
     symbols: NDArray[np.int32]  # grouped; escapes included
     codes: NDArray[np.int64] | None  # of the escaped values in order of position; None where there is none
+
+
+class _Ranges(NamedTuple):
+    """Symbols by the quantiles that they own."""
+
+    starts: NDArray[np.float32]
+    frequencies: NDArray[np.float32]
 
 
 def _blocks(size: int) -> list[slice]:
@@ -303,6 +334,12 @@ class _Coder(Protocol):
 
     def decode(self, model: Any, count: int) -> NDArray[np.int32]: ...
 
+    def encode_ranges_reverse(
+        self, starts: NDArray[np.float32], frequencies: NDArray[np.float32]
+    ) -> None: ...
+
+    def decode_rows(self, rows: NDArray[np.float32]) -> NDArray[np.int32]: ...
+
     def encode_bits_reverse(self, values: NDArray[np.int32], widths: NDArray[np.int32]) -> None: ...
 
     def decode_bits(self, widths: NDArray[np.int32]) -> NDArray[np.int32]: ...
@@ -317,9 +354,28 @@ class _ConstrictionCoder:
         ans = constriction.stream.stack.AnsCoder(words)
         self._ans = ans
         self._uniform = constriction.stream.model.Uniform()
+        self._rows = constriction.stream.model.Categorical(perfect=False)
         self.encode_reverse = ans.encode_reverse
         self.decode = ans.decode
         self.words = ans.get_compressed
+
+    def encode_ranges_reverse(self, starts: NDArray[np.float32], frequencies: NDArray[np.float32]) -> None:
+        # Models of three symbols: what lies before the range, the range, and what lies behind it. None of them may be
+        # empty, so that at either end of the quantiles the range comes first or last and the other side is cut in two.
+        before, behind = starts, _TOTAL - starts - frequencies
+        one = np.ones_like(starts)
+        first = np.stack([frequencies, one, behind - 1], 1)
+        last = np.stack([one, before - 1, frequencies], 1)
+        ranges = np.stack([before, frequencies, behind], 1)
+        at_start, at_end = before == 0, behind == 0
+        ranges = np.where(at_start[:, None], first, np.where(at_end[:, None], last, ranges))
+        symbols = np.where(at_start, 0, np.where(at_end, 2, 1)).astype(np.int32)
+        # As weights, frequencies less 1 are taken over unrounded: see `_build_constriction_model`.
+        self._ans.encode_reverse(symbols, self._rows, ranges - 1)
+
+    def decode_rows(self, rows: NDArray[np.float32]) -> NDArray[np.int32]:
+        symbols: NDArray[np.int32] = self._ans.decode(self._rows, rows - 1)
+        return symbols
 
     def encode_bits_reverse(self, values: NDArray[np.int32], widths: NDArray[np.int32]) -> None:
         self._ans.encode_reverse(values, self._uniform, np.left_shift(1, widths, dtype=np.int32))

@@ -57,6 +57,19 @@ class Coder:
             symbols[i] = symbol
         return symbols
 
+    def encode_ranges_reverse(self, starts: NDArray[np.float32], frequencies: NDArray[np.float32]) -> None:
+        """Push symbols by the quantiles that they own, so that `decode_rows` returns them in the order given."""
+        ranges = zip(reversed(starts.tolist()), reversed(frequencies.tolist()), strict=True)
+        for start, frequency in ranges:
+            self._push(int(start), int(frequency))
+
+    def decode_rows(self, rows: NDArray[np.float32]) -> NDArray[np.int32]:
+        """Pop one symbol for each row of frequencies, [n, K]."""
+        symbols = np.empty(len(rows), dtype=np.int32)
+        for i, row in enumerate(rows):
+            symbols[i] = self.decode(build_model(row.astype(np.uint32)), 1)[0]
+        return symbols
+
     def encode_bits_reverse(self, values: NDArray[np.int32], widths: NDArray[np.int32]) -> None:
         """Push values, each equally probable among 2**width (width 1 .. 16)."""
         for value, width in zip(reversed(values.tolist()), reversed(widths.tolist()), strict=True):

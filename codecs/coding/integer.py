@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compand.errors import CheckpointError
 
@@ -33,6 +34,9 @@ ACCUMULATOR_LIMIT = 1 << 40
 _ONE = 1 << WEIGHT_BITS
 _HALF = (1 << (WEIGHT_BITS - 1)) + 0.5
 """Added to sums, in units of the accumulator: rounds to the nearest activation, and the sums to integers."""
+
+LEAK_BITS = 16
+"""Fractional bits of the factor by which a leaky rectifier multiplies what is negative."""
 
 BIAS_LIMIT = 1 << 31
 """Checkpoints hold biases in 32 bits."""
@@ -96,23 +100,31 @@ class IntegerConvolution(nn.Module):
         weight: integers [out, in, kh, kw], both edges odd; fixed-point with WEIGHT_BITS.
         bias: integers [out]; fixed-point with FRACTION_BITS + WEIGHT_BITS.
         shuffle: factors (rows, columns) by which channels are unfolded into pixels afterwards; one number is both.
-        rectify: whether negative results become 0.
+        rectify: whether negative results become 0, or, with a leak, `leak` times as large, rounded.
+        leak: fixed-point with LEAK_BITS, 0 .. 2**LEAK_BITS - 1.
 
     Raises:
-        CheckpointError: an accumulator could reach 2**40, a bias does not fit 32 bits, or the shapes disagree.
+        CheckpointError: an accumulator could reach 2**40, a bias does not fit 32 bits, or the shapes disagree; a leak
+            is out of range or without rectification.
     """
 
     taps: Tensor
     offset: Tensor
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, shuffle: int | tuple[int, int] = 1, rectify: bool = True
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        shuffle: int | tuple[int, int] = 1,
+        rectify: bool = True,
+        leak: int = 0,
     ) -> None:
         super().__init__()
         rows, columns = (shuffle, shuffle) if isinstance(shuffle, int) else shuffle
         odd = weight.ndim == 4 and weight.shape[2] % 2 == 1 and weight.shape[3] % 2 == 1
         unfolds = odd and rows >= 1 and columns >= 1 and weight.shape[0] % (rows * columns) == 0
-        if not unfolds or bias.shape != weight.shape[:1]:
+        leaks = 0 <= leak < 1 << LEAK_BITS and (rectify or not leak)
+        if not unfolds or not leaks or bias.shape != weight.shape[:1]:
             shapes = f"{list(weight.shape)} and {list(bias.shape)}, shuffled by {shuffle},"
             raise CheckpointError(
                 f"integer layer of shapes {shapes} is malformed: export the checkpoint again"
@@ -128,7 +140,7 @@ class IntegerConvolution(nn.Module):
         self.register_buffer("taps", taps.contiguous(), persistent=False)
         self.register_buffer("offset", (bias.double()[:, None] + _HALF) / _ONE, persistent=False)
         self.kernel = (weight.shape[2], weight.shape[3])
-        self.shuffle, self.rectify = (rows, columns), rectify
+        self.shuffle, self.rectify, self.leak = (rows, columns), rectify, leak
 
     @property
     def weight(self) -> Tensor:
@@ -151,12 +163,24 @@ class IntegerConvolution(nn.Module):
             moved = flat.narrow(1, row * columns + column, size)
             total = torch.addmm(self.offset, tap, moved) if total is None else total.addmm_(tap, moved)
         assert total is not None
-        total.floor_().clamp_(0 if self.rectify else -ACTIVATION_LIMIT, ACTIVATION_LIMIT)
+        total.floor_().clamp_(0 if self.rectify and not self.leak else -ACTIVATION_LIMIT, ACTIVATION_LIMIT)
+        if self.leak:
+            # Products stay below 2**35, and are multiples of 2**-LEAK_BITS: exact.
+            leaked = (total * (self.leak / (1 << LEAK_BITS))).add_(0.5).floor_()
+            total = torch.maximum(total, leaked)
         planes = total.view(-1, batch, rows, columns)
         if self.shuffle == (1, 1):
             return _Planes(planes, height, width)
         planes = shuffled(planes[:, :, :height, :width].transpose(0, 1), *self.shuffle).transpose(0, 1)
         return _Planes(planes, height * self.shuffle[0], width * self.shuffle[1])
+
+    def relaxed(self, x: Tensor) -> Tensor:
+        """`forward` without rounding, for gradients: floats [batch, in, h, w] in units of the integers."""
+        weight, bias = (self.weight / _ONE).to(x), (self.bias / _ONE).to(x)
+        x = F.conv2d(x, weight, bias, padding=(self.kernel[0] // 2, self.kernel[1] // 2))
+        if self.rectify:
+            x = torch.maximum(x, x * (self.leak / (1 << LEAK_BITS)))
+        return shuffled(x.clamp(-ACTIVATION_LIMIT, ACTIVATION_LIMIT), *self.shuffle)
 
     def _framed_shape(self, height: int, width: int) -> tuple[int, int]:
         return height + self.kernel[0] - 1, width + self.kernel[1] - 1
@@ -195,7 +219,7 @@ class IntegerNetwork(nn.Module):
 
     @classmethod
     def from_float(cls, network: nn.Sequential) -> IntegerNetwork:
-        """Converts a chain of odd "same" convolutions, each optionally followed by a shuffle and by ReLU.
+        """Converts a chain of odd "same" convolutions, each optionally followed by a shuffle and by ReLU or LeakyReLU.
 
         Raises:
             CheckpointError: another kind of layer, or weights too large for exact arithmetic.
@@ -216,8 +240,10 @@ class IntegerNetwork(nn.Module):
                 layers[-1]["shuffle"] = part.upscale_factor
             elif isinstance(part, WidthShuffle) and layers and "shuffle" not in layers[-1]:
                 layers[-1]["shuffle"] = (1, part.factor)
-            elif isinstance(part, nn.ReLU) and layers:
+            elif isinstance(part, nn.ReLU | nn.LeakyReLU) and layers:
                 layers[-1]["rectify"] = True
+                if isinstance(part, nn.LeakyReLU):
+                    layers[-1]["leak"] = round(part.negative_slope * (1 << LEAK_BITS))
             else:
                 raise CheckpointError(
                     f"{part} has no integer form there: use odd same Conv2d, then PixelShuffle, ReLU"
@@ -233,18 +259,29 @@ class IntegerNetwork(nn.Module):
         result = planes.values[:, :, : planes.height, : planes.width].transpose(0, 1)
         return result.to(torch.int32, memory_format=torch.contiguous_format)
 
+    def relaxed(self, x: Tensor) -> Tensor:
+        """`forward` without rounding, for gradients: floats [batch, in, h, w] in units of the integers, which the
+        result differs from by what rounding does. It must decide no symbol."""
+        for layer in self.convolutions:
+            x = layer.relaxed(x)
+        return x
+
     def arrays(self) -> dict[str, NDArray[np.int32]]:
         """Int32 arrays for a checkpoint: weights and biases by layer, and the `shape` of each layer.
 
-        That is [shuffle, rectify] where the shuffles of all layers are square, else [columns, rectify, rows].
+        That is [shuffle, rectify] where the shuffles of all layers are square, else [columns, rectify, rows], and, if
+        one leaks, [columns, rectify, rows, leak].
         """
         result = {}
         for i, layer in enumerate(self.convolutions):
             result[f"{i}.weight"] = layer.weight.cpu().numpy().astype(np.int32)
             result[f"{i}.bias"] = layer.bias.cpu().numpy().astype(np.int32)
-        shape = [[layer.shuffle[1], layer.rectify, layer.shuffle[0]] for layer in self.convolutions]
-        square = all(columns == rows for columns, _, rows in shape)
-        result["shape"] = np.array(shape, dtype=np.int32)[:, : 2 if square else 3]
+        shape = [
+            [layer.shuffle[1], layer.rectify, layer.shuffle[0], layer.leak] for layer in self.convolutions
+        ]
+        square = all(columns == rows for columns, _, rows, _ in shape)
+        leaky = any(leak for *_, leak in shape)
+        result["shape"] = np.array(shape, dtype=np.int32)[:, : 4 if leaky else 2 if square else 3]
         return result
 
     @classmethod
@@ -252,15 +289,17 @@ class IntegerNetwork(nn.Module):
         """Inverse of `arrays`. Raises CheckpointError where they are not a network."""
         try:
             shape = arrays["shape"]
-            shape = shape if shape.ndim == 2 and shape.shape[1] == 3 else shape.reshape(-1, 2)[:, [0, 1, 0]]
+            if shape.ndim != 2 or shape.shape[1] not in (3, 4):
+                shape = shape.reshape(-1, 2)[:, [0, 1, 0]]
             layers = [
                 IntegerConvolution(
                     torch.from_numpy(arrays[f"{i}.weight"].astype(np.float64)),
                     torch.from_numpy(arrays[f"{i}.bias"].astype(np.float64)),
                     (rows, columns),
                     bool(rectify),
+                    *leak,
                 )
-                for i, (columns, rectify, rows) in enumerate(shape.tolist())
+                for i, (columns, rectify, rows, *leak) in enumerate(shape.tolist())
             ]
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"the checkpoint's integer network is incomplete: {error}") from None

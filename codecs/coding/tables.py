@@ -27,6 +27,9 @@ MAX_SYMBOLS = 1 << 16
 ESCAPE_LENGTH_BITS = 6
 """Width of the field that says how many bits of an escaped value follow."""
 
+UNIFORM_SHARE = 10
+"""Of the rows that `share_out` makes, at least 2**-10 is shared evenly: no symbol costs much more than log2 K."""
+
 _TOTAL = 1 << PRECISION
 _INT32 = np.iinfo(np.int32)
 
@@ -223,6 +226,34 @@ def escaped_values(
 def code_lengths(codes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Bits of each code below its leading one, 0 .. 33 for values and tables in int32."""
     return np.frexp(codes.astype(np.float64))[1].astype(np.int64) - 1
+
+
+def least_share(symbols: int) -> int:
+    """What each of so many symbols has at least in the rows of `share_out`, 2 or more."""
+    return max(_TOTAL >> (UNIFORM_SHARE + (symbols - 1).bit_length()), 2)
+
+
+def share_out(weights: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Frequencies of rows of symbols by their weights, in integer arithmetic.
+
+    Every symbol has `least_share(K)`; the rest is shared by weight, rounded down, and what rounding leaves goes to the
+    first of the heaviest. No product reaches 2**53, below which the floor of a float64 quotient is the integer one.
+
+    Args:
+        weights: integers 0 .. 2**24, [n, K], 2 <= K <= 2**12, none of the rows all 0.
+
+    Returns:
+        Integers >= 2, [n, K]; the sum of each row is 2**PRECISION.
+    """
+    least = least_share(weights.shape[1])
+    free = _TOTAL - weights.shape[1] * least
+    shared = weights * float(free)
+    shared /= weights.sum(1, keepdims=True)
+    np.floor(shared, out=shared)
+    rest = free - shared.sum(1)
+    shared += least
+    shared[np.arange(len(shared)), weights.argmax(1)] += rest
+    return shared.astype(np.float32)
 
 
 def _checked_frequencies(t: int, table: ArrayLike) -> NDArray[np.uint32]:

@@ -91,7 +91,7 @@ class Collate:
                 batch[name] = torch.stack(column)
             else:
                 self._mix(name, column, batch)
-            if self.mixed == "pad" and isinstance(column[0], Tensor) and column[0].ndim > self.axes:
+            if self.mixed == "pad" and isinstance(column[0], Tensor) and column[0].ndim >= self.axes:
                 # A batch that happens to be of one size has a mask like the others.
                 grid = batch[name].shape[-self.axes :]
                 batch.setdefault(f"{name}_mask", torch.ones((len(items), *grid), dtype=torch.bool))

@@ -37,7 +37,9 @@ class PackedDataset(Dataset[Item]):
     An item is a dict of the fields and columns that were asked for:
 
     - "latents": float32 tensor [M, h, w] of pictures, [M, n] or [groups, M, n] of sounds; dequantised;
-    - "tokens": the integers of the same shape, int16 (int32 in a row or batch that needs it);
+    - "tokens": the integers of the same shape, int16 (int32 in a row or batch that needs it); of a codec with tokens,
+      these: [h, w] of pictures in one codebook, [codebooks, h, w] in several, [codebooks, n] or [groups, codebooks, n]
+      of sounds;
     - "samples": decoded, uint8 [C, H, W] of a picture, with as many channels as its codec has (gray becomes RGB), or
       float32 [channels, n] of a sound at its own rate; whole, also where latents are cropped;
     - columns under their names, as Python has them.
@@ -101,7 +103,7 @@ class PackedDataset(Dataset[Item]):
         self._given_codec = codec
         self._row_codec = RowCodec(self.info, codec)
         self._levels: Tensor | None = None
-        if "latents" in self.fields and self.info.profile != "cpd":
+        if "latents" in self.fields and self.info.profile != "cpd" and not self.info.vocabulary:
             self._levels = torch.from_numpy(self._row_codec.values).flatten()
         self._reads_grid = bool({"latents", "tokens"} & set(self.fields))
         self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -114,7 +116,7 @@ class PackedDataset(Dataset[Item]):
         return len(self.reader)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Workers need the table of levels, not the network that made it.
+        # Workers need the table of levels, not the network that made it. Tokens have none: each worker loads the codec.
         return {**self.__dict__, "_row_codec": RowCodec(self.info, self._given_codec), "_generator": None}
 
     def __getitem__(self, index: int) -> Item:
@@ -154,7 +156,7 @@ class PackedDataset(Dataset[Item]):
         if on_latents and isinstance(on_latents[0], Crop):
             crop, on_latents = on_latents[0], on_latents[1:]
             crop.extent(self.axes)
-        if "tokens" in self.fields and self.info.profile == "cpd":
+        if "tokens" in self.fields and self.info.profile == "cpd" and not self.info.vocabulary:
             raise UsageError("a set of profile cpd has no tokens: pack with --profile train or archive")
         return crop, on_latents, on_items
 
@@ -203,7 +205,7 @@ class PackedDataset(Dataset[Item]):
             shape = self._shapes.get(size)
             if shape is None:
                 shape = self._shapes[size] = self.info.latent_shape(record)
-            if self.info.profile == "cpd":
+            if self.info.profile == "cpd" and not self.info.vocabulary:
                 grid: NDArray[Any] = self._row_codec.latents(record["payload"], shape)
             else:
                 grid = self._row_codec.decode(record["payload"], shape)
@@ -231,7 +233,9 @@ class PackedDataset(Dataset[Item]):
         if not grids:
             return []
         latents: Tensor | list[Tensor]
-        if _alike(grids) and grids[0].dtype == np.int8:
+        if self.info.vocabulary and len({grid.shape for grid in grids}) == 1:
+            latents = torch.from_numpy(self._row_codec.dequantise(np.stack(grids)))
+        elif _alike(grids) and grids[0].dtype == np.int8:
             latents = self._looked_up(torch.from_numpy(np.stack(grids)))
         else:
             latents = [self._dequantised(grid) for grid in grids]
@@ -252,6 +256,8 @@ class PackedDataset(Dataset[Item]):
 
     def _tokens(self, grids: list[NDArray[Any]]) -> Tensor | list[Tensor]:
         wide = np.int32 if any(grid.dtype == np.int32 for grid in grids) else np.int16
+        if len(self.info.vocabulary) == 1 and self.axes == 2:
+            grids = [grid[0] for grid in grids]
         tokens = [torch.from_numpy(grid.astype(wide)) for grid in grids]
         if self._crop is not None:
             tokens = [self._crop.finish(one, self.axes) for one in tokens]
@@ -259,7 +265,7 @@ class PackedDataset(Dataset[Item]):
 
     def _dequantised(self, grid: NDArray[Any]) -> Tensor:
         """Latents of one row, from integers of any width or from the latents of a .cpd file."""
-        if grid.dtype == np.int8:
+        if grid.dtype == np.int8 and not self.info.vocabulary:
             return self._looked_up(torch.from_numpy(np.ascontiguousarray(grid)))
         latents = grid if grid.dtype == np.float32 else self._row_codec.dequantise(grid)
         return torch.from_numpy(np.ascontiguousarray(latents))

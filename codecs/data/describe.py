@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compand import files
+from compand.data.info import sizes_as_text
 from compand.data.packed import INDEX, PackedReader
 from compand.data.payload import RowCodec
 from compand.errors import CheckpointError, UsageError
@@ -51,6 +52,7 @@ def describe(path: str) -> dict[str, Any]:
         "compression": info.compression,
         "latent": dict(info.latent),
         "latent_shapes": _latent_shapes(reader, columns),
+        "vocabulary": list(info.vocabulary),
         "columns": reader.columns,
         "skipped": _skipped(path),
     }
@@ -114,6 +116,8 @@ def _skipped(path: str) -> int:
 
 def as_text(record: dict[str, Any]) -> str:
     """`describe` for a reader."""
+    sizes = record["vocabulary"]
+    tokens = f"{len(sizes)} a position, of {sizes_as_text(sizes)} codes" if sizes else ""
     latents = " to ".join(" x ".join(map(str, shape)) for shape in record["latent_shapes"])
     if record["medium"] == "image":
         edges = " x ".join(
@@ -142,6 +146,7 @@ def as_text(record: dict[str, Any]) -> str:
         ("quality", f"{record['quality']:g}"),
         ("profile", profile),
         ("latents", latents),
+        ("tokens", tokens),
         ("classes", f"{len(classes)}: {', '.join(shown)}" if classes else ""),
         ("columns", ", ".join(record["columns"])),
     ]

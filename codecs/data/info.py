@@ -32,6 +32,15 @@ def shown(name: str, value: Any) -> str:
     return f"{value / QUALITY_STEPS:g}" if name == "quality" and isinstance(value, int) else str(value)
 
 
+def sizes_as_text(sizes: Sequence[int]) -> str:
+    """Sizes of codebooks for a reader.
+
+    >>> sizes_as_text([1024, 1024]), sizes_as_text([1024, 512])
+    ('1024', '1024, 512')
+    """
+    return ", ".join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))
+
+
 def _layout(checkpoint: CheckpointInfo) -> dict[str, Any]:
     """The layout of latents where config.json does not tell it, as in the first releases: asks the codec, unloaded."""
     codec = registry.by_name(checkpoint.codec).load_class()
@@ -110,6 +119,12 @@ class SetInfo:
     def level(self) -> float:
         """Quality, as `Codec.encode` takes it."""
         return self.quality / QUALITY_STEPS
+
+    @property
+    def vocabulary(self) -> tuple[int, ...]:
+        """Number of codes of each codebook of a row's tokens; empty where its integers are amounts."""
+        levels = self.latent.get("vocabulary")
+        return tuple(levels[self.quality // QUALITY_STEPS - 1]) if levels else ()
 
     @property
     def geometry(self) -> tuple[str, ...]:
@@ -195,10 +210,12 @@ class SetInfo:
             edge = int(latent.get("edge", 0))
             if edge < 0 or edge % int(latent["stride"]) or (edge and info.medium == "image"):
                 raise ValueError(edge)
+            if latent.get("vocabulary") and min(map(int, info.vocabulary)) < 1:
+                raise ValueError(info.vocabulary)
             bytes.fromhex(info.symbols), bytes.fromhex(info.synthesis)
         except PackedSetError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, UsageError, binascii.Error) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, UsageError, binascii.Error) as error:
             raise PackedSetError(
                 f"the description of the packed set is damaged ({error!r}): pack it again"
             ) from None

@@ -302,7 +302,7 @@ def _begin(
         raise UsageError(f"{target} holds other files ({foreign[0]}): name a new folder")
     if begun is not None and not force:
         return Packing(_with_tables(spec, begun), listed, rows_per_shard, settings)
-    if spec.info.profile == "archive":
+    if spec.info.profile == "archive" and not spec.info.vocabulary:
         spec = _fitted(spec, listed.records[:FITTED])
     content = {"plan": spec.plan, "settings": settings, "compand": spec.info.to_json()}
     # The plan first: from now on what is here belongs to it, and an older set counts as unfinished.

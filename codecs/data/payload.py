@@ -36,7 +36,8 @@ class RowCodec:
     Args:
         info: of the set.
         codec: the codec that made its integers; None: the checkpoint that the set names is loaded when it is needed,
-            on the CPU. The profiles train and archive need it for `latents` and `samples`, cpd for everything.
+            on the CPU. The profiles train and archive need it for `latents` and `samples`, cpd for everything, and so
+            does archive where rows hold tokens, which the codec's own prior codes.
 
     Raises:
         PackedSetError: the codec is another than the set's, or the tables of the set are damaged.
@@ -93,6 +94,11 @@ class RowCodec:
             self._values = self.codec.level_values(self.info.level).cpu().numpy()
         return self._values
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether integers are tokens [codebooks, ...], not amounts [M, ...]."""
+        return bool(self.info.vocabulary)
+
     def encode(self, integers: Integers) -> bytes:
         """The payload of integers as `Codec.quantise` gives them.
 
@@ -104,6 +110,8 @@ class RowCodec:
             content = np.ascontiguousarray(integers, dtype=_KINDS[kind]).tobytes()
             head = bytes((kind,)) + integers.size.to_bytes(4, "little")
             return head + self._compressor.compress(content, asbytes=True)
+        if self.has_tokens and self.info.profile == "archive":
+            return self._encode_tokens(integers)
         return self._archive().encode(integers)
 
     def decode(self, payload: bytes | memoryview, shape: Sequence[int]) -> Integers:
@@ -114,11 +122,12 @@ class RowCodec:
             shape: `SetInfo.latent_shape` of the row.
 
         Returns:
-            int8, or int16 or int32 where they need it; of the profile train it may be read-only.
+            int8, or int16 or int32 where they need it; of the profile train it may be read-only. Of the given shape, or
+            with codebooks in place of channels where they are tokens.
 
         Raises:
             PackedSetError: the payload is damaged.
-            UsageError: the set keeps .cpd files, which have no such integers.
+            UsageError: the set keeps .cpd files of a codec without tokens, which have no such integers.
         """
         integers = self.grid(payload, shape)
         return integers[..., self._edge : integers.shape[-1] - self._edge] if self._edge else integers
@@ -126,6 +135,9 @@ class RowCodec:
     def grid(self, payload: bytes | memoryview, shape: Sequence[int]) -> Integers:
         """As `decode`, with what is coded beyond the ends of a sound: what `Codec.quantise` gave."""
         whole = (*shape[:-1], shape[-1] + 2 * self._edge)
+        if self.has_tokens:
+            axes = int(self.info.latent["axes"])
+            return self._tokens(payload, (*whole[: -axes - 1], len(self.info.vocabulary), *whole[-axes:]))
         if self._compressor is not None:
             return _unpacked(payload, math.prod(whole), self._compressor).reshape(whole)
         try:
@@ -139,7 +151,7 @@ class RowCodec:
         Raises:
             PackedSetError: the payload is damaged, or the codec is missing.
         """
-        if self.info.profile != "cpd":
+        if self.info.profile != "cpd" or self.has_tokens:
             return self.dequantise(self.decode(payload, shape))
         try:
             latents = self.codec.latents(bytes(payload)).cpu().numpy()
@@ -150,8 +162,9 @@ class RowCodec:
         return latents
 
     def dequantise(self, integers: Integers) -> NDArray[np.float32]:
-        """The latents that integers stand for, [M, h, w], [M, n] or [groups, M, n]."""
-        if integers.dtype != np.int8:
+        """The latents that integers stand for, [M, h, w], [M, n] or [groups, M, n]; tokens may have a dimension of rows
+        before these."""
+        if integers.dtype != np.int8 or self.has_tokens:
             wide = self.codec.dequantise(integers.astype(np.int32), quality=self.info.level)
             latents: NDArray[np.float32] = wide.cpu().numpy()
             return latents
@@ -177,6 +190,46 @@ class RowCodec:
         codec: Any = self.codec
         rebuilt: Picture | Sound = codec.reconstruct(latents, quality=self.info.level, **size)
         return rebuilt
+
+    def _encode_tokens(self, tokens: Integers) -> bytes:
+        """The payload of tokens in the profile archive. Groups of channels follow each other in time."""
+        import torch
+
+        grid = tokens
+        if int(self.info.latent["axes"]) == 1:
+            grid = np.moveaxis(tokens, -2, 0).reshape(tokens.shape[-2], 1, -1)
+        grid = np.ascontiguousarray(grid, dtype=np.int64)
+        return self.codec.bottleneck.compress_indices(torch.from_numpy(grid), self.info.quality)
+
+    def _tokens(self, payload: bytes | memoryview, whole: tuple[int, ...]) -> Integers:
+        """Tokens of a row, [codebooks, h, w], [codebooks, n] or [groups, codebooks, n]."""
+        if self._compressor is not None:
+            tokens = _unpacked(payload, math.prod(whole), self._compressor).reshape(whole)
+        else:
+            try:
+                tokens = self._decoded_tokens(bytes(payload), whole)
+            except CompandError as error:
+                raise PackedSetError(f"the payload does not decode ({error})") from None
+            tokens = tokens.astype(_KINDS[_kind(tokens)])
+        axes = int(self.info.latent["axes"])
+        for plane, size in zip(np.moveaxis(tokens, -axes - 1, 0), self.info.vocabulary, strict=True):
+            if plane.size and not 0 <= int(plane.min()) <= int(plane.max()) < size:
+                raise _damaged(f"it has tokens beyond 0 to {size - 1}")
+        return tokens
+
+    def _decoded_tokens(self, payload: bytes, whole: tuple[int, ...]) -> Integers:
+        """What the codec makes of a payload of the profile archive or cpd."""
+        if self.info.profile == "cpd":
+            found = self.codec.tokens(payload).numpy()
+            if found.size != math.prod(whole):
+                raise _damaged(f"it has tokens {list(found.shape)}, its row says {list(whole)}")
+            return found.reshape(whole)
+        bottleneck, level = self.codec.bottleneck, self.info.quality
+        if int(self.info.latent["axes"]) == 2:
+            return bottleneck.decompress_indices(payload, (whole[1], whole[2]), level).cpu().numpy()
+        groups = whole[0] if len(whole) == 3 else 1
+        grid = bottleneck.decompress_indices(payload, (1, groups * whole[-1]), level).cpu().numpy()
+        return np.moveaxis(grid.reshape(whole[-2], groups, whole[-1]), 0, 1).reshape(whole)
 
     def _archive(self) -> ArchiveTables:
         if self._tables is None:

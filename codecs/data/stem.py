@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,9 +63,8 @@ class LatentStem(nn.Module):
 class LatentExpansion(nn.Module):
     """Turns latents back into samples by one convolution, so that a model for samples reads latents as it is.
 
-    The convolution begins as the linear part of the codec's synthesis and learns with the model, unless its gradients
-    are switched off: it is the input layer of a network that keeps its layers for samples, at a small share of the
-    arithmetic of a decoder. What varies samples in training may follow it.
+    The convolution begins as the linear part of the codec's synthesis and learns with the model: it is the input layer
+    of a network that keeps its layers for samples, at a small share of the arithmetic of a decoder.
 
     ```
     latents [M, h, w] --convolution--> [C stride^2, h, w] --pixel shuffle--> [C, h stride, w stride]
@@ -106,8 +105,7 @@ class LatentExpansion(nn.Module):
         parts = answers.reshape(inputs, self.channels, kernel, edge, kernel, edge)
         # A convolution looks from where it writes; the answers tell what a position writes to.
         weight = parts.permute(1, 3, 5, 0, 2, 4).flatten(0, 2).flip(2, 3)
-        # Of the simple extensions the one nearest to that of the packets.
-        self.convolution = nn.Conv2d(inputs, len(weight), kernel, padding=reach, padding_mode="replicate")
+        self.convolution = nn.Conv2d(inputs, len(weight), kernel, padding=reach)
         with torch.no_grad():
             self.convolution.weight.copy_(weight)
             assert self.convolution.bias is not None
@@ -149,18 +147,29 @@ def latent_stem(
     from compand.data.packed import PackedReader
 
     if isinstance(source, Codec):
+        _check_amounts(source.vocabulary, field)
         parts: Iterable[Tensor] = _of_noise(source, field, quality)
         layout = source.latent_layout()
     elif isinstance(source, PackedReader) or Path(source).exists():
         reader = source if isinstance(source, PackedReader) else PackedReader(source)
+        _check_amounts(reader.info.vocabulary, field)
         parts, layout = _of_rows(reader, field, rows), dict(reader.info.latent)
     else:
         from compand.checkpoint import load
 
         codec = load(str(source), device="cpu")
+        _check_amounts(codec.vocabulary, field)
         parts, layout = _of_noise(codec, field, quality), codec.latent_layout()
     mean, deviation = _statistics(parts, layout["channels"])
     return LatentStem(mean, deviation, layout["stride"], layout["axes"], width)
+
+
+def _check_amounts(vocabulary: Sequence[Any], field: str) -> None:
+    """Raises UsageError for tokens of codebooks, of which a mean says nothing."""
+    if field == "tokens" and vocabulary:
+        raise UsageError(
+            "tokens of codebooks are names, not amounts: give them to an nn.Embedding, or read latents"
+        )
 
 
 def _statistics(parts: Iterable[Tensor], channels: int) -> tuple[Tensor, Tensor]:

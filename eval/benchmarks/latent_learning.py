@@ -9,16 +9,16 @@ learns from
 - logmel (sounds): a log-mel spectrogram of as many values;
 - full: the samples as they are, reduced to the grid of the latents by convolutions with stride;
 - decoded (pictures): the decoded samples of the packed set, as `full`;
-- latents-expanded, reduced-expanded (pictures): the same values, brought back to the full grid by the network's first
-  layer, which does not learn: the codec's linear synthesis as one convolution (`LatentExpansion`), or bicubic
-  enlargement; behind it the layers of `full`;
+- latents-expanded, reduced-expanded (pictures): the same values, but brought back to the full grid by the network's
+  first layer, a convolution that begins as the codec's linear synthesis (`LatentExpansion`) or a bicubic enlargement;
+  behind it the layers of `full`;
 - latents-grid, reduced-grid (pictures): as above, varied by shifts, mirroring and mixing alone, see below.
 
 All inputs have the network behind the first layer, steps, batch, rate schedule and targets in common. They are varied
 alike in training: crops of random area and aspect, rotated and sheared, mirroring, color, erasing, mixup and CutMix
 (pictures); speed, shift, filter, noise, mixup and masks in time (sounds). For latents and tokens this is done on what
 the codec's linear synthesis makes of the stored latents, before the codec's analysis and quantiser; originals are not
-seen. What is expanded is varied behind the first layer. `latents-grid` stays on the grid: crops of whole positions,
+seen. `latents-grid` stays on the grid: crops of whole positions,
 mirrored by a second view made in the same way, erasing with zeros, mixup and CutMix; `reduced-grid` does the same to
 pixels. Test items are read as they are stored.
 
@@ -58,7 +58,6 @@ from compand.train import augmentation
 from compand.train.images import read_rgb
 from compand.train.latent_tasks import (
     CROP,
-    Expanded,
     Fold,
     GridClassifier,
     ItemLevel,
@@ -323,30 +322,18 @@ def picture_inputs(
     # Strides of 2 from samples down to the grid of the latents.
     stem_widths = [32, 64, 96, 128][: round(math.log2(stride))]
 
-    def at_full(items: Tensor, *first: nn.Module) -> StemMaker:
+    def at_full(items: Tensor, expansion: Callable[[], nn.Module] | None = None) -> StemMaker:
         mean, deviation = statistics(items)
 
         def made() -> tuple[nn.Module, int]:
             layers = [LatentStem(mean, deviation, 1), strided_stem(3, stem_widths, [2] * len(stem_widths))]
-            return nn.Sequential(*first, *layers), stem_widths[-1]
+            return nn.Sequential(*([expansion()] if expansion else []), *layers), stem_widths[-1]
 
         return made
 
-    def expanded(stored: dict[str, Tensor], expansion: nn.Module) -> PictureInputs:
-        first = Expanded(expansion, (stored["val"].shape[2], stored["val"].shape[3])).to(device)
-        brought = in_parts(lambda x: first(x).half(), stored["train"])
-        return PictureInputs(
-            brought * 255,
-            targets,
-            {"as stored": stored["val"]},
-            labels,
-            at_full(brought, first),
-            lambda x: x,
-        )
-
     result: dict[str, PictureInputs | GridInputs] = {}
     names = tuple(names)
-    if {"latents", "tokens", "latents-grid"} & set(names):
+    if {"latents", "latents-expanded", "tokens", "latents-grid"} & set(names):
         previews = in_parts(preview, stored["train"])
         flipped = in_parts(lambda x: quantiser.integers(x.float().flip(3) / 255), previews)
     if {"decoded", "full"} & set(names):
@@ -360,11 +347,11 @@ def picture_inputs(
             lossy = in_parts(decoded, stored["train"])
             tests = {"as stored": decoded_val, "undamaged": val}
             result[name] = PictureInputs(lossy, targets, tests, labels, at_full(lossy), lambda x: x * 255)
-        elif name == "latents-expanded":
-            latents = {split: in_parts(quantiser.latents, x) for split, x in stored.items()}
-            result[name] = expanded(latents, LatentExpansion(codec))
-        elif name == "latents":
-            stem = normalised(quantiser.latents(stored["train"]), stride, list, channels)
+        elif name in ("latents", "latents-expanded"):
+            if name == "latents":
+                stem = normalised(quantiser.latents(stored["train"]), stride, list, channels)
+            else:
+                stem = at_full(previews.float() / 255, lambda: LatentExpansion(codec))
             tests = {"as stored": quantiser.latents(stored["val"])}
             result[name] = PictureInputs(
                 previews,
@@ -384,14 +371,14 @@ def picture_inputs(
             stem = normalised(views[0], stride, list, channels)
             test = quantiser.latents(stored["val"])
             result[name] = GridInputs(views, targets, test, labels, stem, 1)
-        elif name == "reduced-expanded":
-            fewer_pixels = {split: in_parts(small, x).float() / 255 for split, x in pixels.items()}
-            result[name] = expanded(fewer_pixels, nn.Upsample(scale_factor=factor, mode="bicubic"))
-        elif name in ("reduced", "reduced-grid"):
+        elif name in ("reduced", "reduced-expanded", "reduced-grid"):
             less = in_parts(small, train)
-            stem = normalised(less, factor, lambda: [Fold(fold, fold)], 3 * fold**2)
+            if name == "reduced-expanded":
+                stem = at_full(less, lambda: nn.Upsample(scale_factor=factor, mode="bicubic"))
+            else:
+                stem = normalised(less, factor, lambda: [Fold(fold, fold)], 3 * fold**2)
             test = in_parts(small, val)
-            if name == "reduced":
+            if name != "reduced-grid":
                 result[name] = PictureInputs(
                     less, targets, {"as stored": test}, labels, stem, lambda x: x * 255
                 )

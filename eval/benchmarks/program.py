@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from compand import checkpoint
 from compand.errors import CheckpointError, UsageError
@@ -12,6 +13,8 @@ from compand.eval.provenance import RESULTS, check_unwritten
 from compand.image_codec import ImageCodec
 from compand.pictures import is_image_path
 from compand.weights import build
+
+T = TypeVar("T")
 
 
 def parser(documentation: str, name: str) -> argparse.ArgumentParser:
@@ -35,10 +38,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, *suffixes
     return arguments
 
 
-def add_codec(parser: argparse.ArgumentParser) -> None:
+def add_codec(parser: argparse.ArgumentParser, default: str = "hyperprior") -> None:
     """The option --codec."""
     parser.add_argument(
-        "-c", "--codec", type=_checkpoint, default="hyperprior", help="checkpoint: a name or a folder"
+        "-c", "--codec", type=_checkpoint, default=default, help="checkpoint: a name or a folder"
     )
 
 
@@ -53,6 +56,13 @@ def image_codec(info: checkpoint.CheckpointInfo, device: str, *, reduced: bool |
     if not isinstance(codec, ImageCodec):
         raise UsageError(f"{info.name} codes {info.medium}: choose an image codec")
     return codec
+
+
+def spread(items: Sequence[T], limit: int | None) -> list[T]:
+    """At most `limit` items, evenly from all; all of them if there is no limit."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[i * len(items) // limit] for i in range(limit)]
 
 
 def folder_of(pictures: Sequence[Path]) -> str:

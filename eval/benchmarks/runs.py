@@ -25,8 +25,8 @@ from compand.eval.benchmarks import program
 from compand.eval.provenance import markdown_table, provenance, write_results
 from compand.pictures import is_image_path, read_picture
 from compand.sounds import is_sound_path, read_sound, resample
+from compand.train.codec_training import rate_unit
 from compand.train.export import load_run
-from compand.train.rate_distortion import rate_unit
 from compand.weights import choose_device, in_channels_last
 
 SECONDS = 20

@@ -102,10 +102,9 @@ def test_expanded_latents_are_the_linear_synthesis(codec, scenery):
         3,
         1,
     )
-    # At the borders the transform reflects, the convolution repeats.
+    # At the borders the transform reflects, a convolution sees zeros.
     inside = (slice(None), slice(None), slice(40, -40), slice(40, -40))
     assert (samples - expected)[inside].abs().max() < 0.02
-    assert (samples - expected).square().mean() < 1e-3
     picture = torch.from_numpy(scenery[:256, :320].copy()).permute(2, 0, 1)[None] / 255
     assert (samples - picture)[inside].square().mean() < 0.01
     assert all(p.requires_grad for p in expansion.parameters())

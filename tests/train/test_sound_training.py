@@ -20,8 +20,9 @@ from compand.codec import QUALITY_STEPS
 from compand.errors import MediaError, UsageError
 from compand.sounds import Sound, read_sound
 from compand.train import cli, export
+from compand.train.codec_training import rate_unit
 from compand.train.instruments import RATE
-from compand.train.rate_distortion import RateDistortion, rate_unit
+from compand.train.rate_distortion import RateDistortion
 from compand.train.sounds import (
     SoundCrops,
     SoundFolder,
