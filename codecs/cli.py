@@ -167,7 +167,8 @@ def encode(
             "--effort",
             min=0,
             max=3,
-            help="Pictures: search for better symbols in 60, 250 or 1000 steps (1, 2, 3). On two CPU cores a step takes about half a second for 768 x 512 pixels.",
+            help="Pictures: search for better symbols in 60, 250 or 1000 steps (1, 2, 3). On a CPU a step takes about "
+            "half a second for 768 x 512 pixels.",
         ),
     ] = 0,
     device: Device = "auto",

@@ -103,7 +103,7 @@ def test_wheel_holds_all_code_and_data_and_nothing_else(wheel):
     assert {name.partition("/")[0] for name in content} == {"compand"}
     assert not [name for name in content if "test" in name or name.endswith((".pyc", ".ckpt", ".pt"))]
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert size < 90e6
+    assert size < 100e6  # the largest file that PyPI takes
 
 
 def test_extra_dev_holds_the_extras_that_tests_import():
