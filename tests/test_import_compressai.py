@@ -241,7 +241,11 @@ class Foreign:
     """What weights_only refuses to build."""
 
 
-@pytest.mark.parametrize("content", [b"", b"no weights", Foreign(), [1, 2], {"a": 1}, {}], ids=repr)
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no weights", Foreign(), [1, 2], {"a": 1}, {}],
+    ids=["empty", "text", "object", "list", "numbers", "nothing"],
+)
 def test_what_is_no_checkpoint(content, tmp_path):
     path = tmp_path / "model.pth"
     if isinstance(content, bytes):
