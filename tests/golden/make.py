@@ -18,6 +18,7 @@ import numpy as np
 from sklearn.datasets import load_sample_image
 
 import compand
+from compand.bottlenecks.codebook import CodebookBottleneck
 from compand.coding.ans import AnsReader
 from compand.pictures import Picture
 from compand.sounds import Sound
@@ -28,20 +29,27 @@ FOLDER = Path(__file__).parent
 
 @contextmanager
 def symbol_digest() -> Iterator[Any]:
-    """A SHA-256 over table indexes and symbols of everything that is entropy-decoded meanwhile."""
+    """A SHA-256 over everything that is entropy-decoded meanwhile: table indexes and symbols, or codebook indices."""
     digest = hashlib.sha256()
-    pull = AnsReader.pull
+    pull, decompress = AnsReader.pull, CodebookBottleneck.decompress_indices
 
     def recorded(self: AnsReader, indexes: Any, tables: Any) -> Any:
         values = pull(self, indexes, tables)
         digest.update(np.asarray(indexes).astype("<i8").tobytes() + values.astype("<i4").tobytes())
         return values
 
+    def recorded_indices(self: CodebookBottleneck, *arguments: Any, **options: Any) -> Any:
+        indices = decompress(self, *arguments, **options)
+        digest.update(indices.numpy().astype("<i8").tobytes())
+        return indices
+
     AnsReader.pull = recorded  # type: ignore[method-assign]
+    CodebookBottleneck.decompress_indices = recorded_indices  # type: ignore[method-assign]
     try:
         yield digest
     finally:
         AnsReader.pull = pull  # type: ignore[method-assign]
+        CodebookBottleneck.decompress_indices = decompress  # type: ignore[method-assign]
 
 
 def pictures() -> dict[str, tuple[Picture, float]]:
