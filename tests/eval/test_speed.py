@@ -115,11 +115,9 @@ def test_hooks_are_gone_afterwards():
     assert not stopwatch.seconds
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in registry.entries()])
+@pytest.mark.parametrize("name", [entry.name for entry in registry.entries() if entry.medium == "image"])
 def test_every_codec_is_split_into_stages(name, exact, picture):
     codec = exact(name)
-    if codec.medium != "image":
-        pytest.skip("codes no pictures")
     watched = [codec.transform, codec.bottleneck, AnsWriter, AnsReader, container]
     before = [dict(vars(owner)) for owner in watched]
     plain = codec.encode(picture, quality=3)

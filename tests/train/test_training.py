@@ -23,6 +23,7 @@ from compand.errors import CheckpointError, MediaError, UsageError
 from compand.hyperprior import FactorizedCodec, HyperpriorCodec
 from compand.train import cli, export
 from compand.train.adversarial import AdversarialTraining
+from compand.train.concealment import ConcealmentTraining
 from compand.train.images import CropDataset, ImageFolder, find_images, read_rgb
 from compand.train.optim import NEWTON_SCHULZ, MuonAdam, orthogonalise
 from compand.train.rate_distortion import RateDistortion
@@ -183,10 +184,11 @@ def test_every_config_builds_its_parts(tmp_path, photographs, monkeypatch, capsy
     from lightning.pytorch.cli import LightningCLI
 
     for path in sorted(CONFIGS.glob("*.yaml")):
-        sounds = "SoundFolder" in path.read_text()
+        text = path.read_text()
+        sounds = "SoundFolder" in text
         data = "--data.batch_size=2" if sounds else f"--data.root={photographs}"
         # Parts are trained of something, which a user names.
-        part = ["--model.init_args.train=all"] if "train: codebook" in path.read_text() else []
+        part = ["--model.init_args.train=all"] if "train: codebook" in text else []
         instance = LightningCLI(
             args=["--config", str(path), *part, data, "--trainer.accelerator=cpu",
                   "--trainer.precision=32", "--trainer.logger=false"],
@@ -194,7 +196,7 @@ def test_every_config_builds_its_parts(tmp_path, photographs, monkeypatch, capsy
         )  # fmt: skip
         pair = type(instance.model), type(instance.datamodule)
         assert issubclass(pair[0], TaskTraining) or (
-            pair[0] in (RateDistortion, AdversarialTraining)
+            pair[0] in (RateDistortion, AdversarialTraining, ConcealmentTraining)
             and pair[1] is (SoundFolder if sounds else ImageFolder)
         )
 
