@@ -549,6 +549,11 @@ COLUMNS = (
 )
 
 
+def computable() -> list[str]:
+    """The scores that the installed packages can give."""
+    return [metric.name for metric in metrics.for_medium("audio", SCORES)[0]]
+
+
 def means(runs: Sequence[dict[str, Any]]) -> None:
     """Adds to each run the mean of every score over the items that it has a value of in all runs."""
     for name in SCORES:
@@ -635,9 +640,9 @@ def _kept(results: Path, kind: str) -> Path:
 
 
 def complete(runs: Sequence[dict[str, Any]], path: Path, workers: int) -> None:
-    """Adds the scores that runs of a former file lack, from what `keep` wrote beside it."""
+    """Adds the scores that runs of a former file lack and that can be computed here, from what `keep` wrote beside it."""
     for run in runs:
-        missing = [name for name in SCORES if name not in run["scores"]]
+        missing = [name for name in computable() if name not in run["scores"]]
         source = _kept(path, run["quantiser"])
         if not missing or not source.is_file():
             continue
@@ -705,7 +710,7 @@ def main(argv: list[str] | None = None) -> None:
     test = recordings(root / "val", arguments.limit)
     if arguments.keep:
         keep(runs, test.sounds, arguments.keep, arguments.output)
-    available = [metric.name for metric in metrics.for_medium("audio", SCORES)[0]]
+    available = computable()
     originals = [as_sound(sound[0]) for sound in test.sounds]
     pairs = [
         (original, as_sound(wave))
