@@ -640,7 +640,7 @@ def _kept(results: Path, kind: str) -> Path:
 
 
 def complete(runs: Sequence[dict[str, Any]], path: Path, workers: int) -> None:
-    """Adds the scores that runs of a former file lack and that can be computed here, from what `keep` wrote beside it."""
+    """Adds the scores that runs of a former file lack, as far as they can be computed here, from what `keep` wrote."""
     for run in runs:
         missing = [name for name in computable() if name not in run["scores"]]
         source = _kept(path, run["quantiser"])
