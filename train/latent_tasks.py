@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from compand.codec import Codec
 from compand.data.packed import PackedReader
 from compand.data.payload import RowCodec
-from compand.data.stem import LatentExpansion, LatentStem, latent_stem
+from compand.data.stem import LatentExpansion, LatentPreview, LatentStem, latent_stem
 from compand.errors import UsageError
 from compand.eval.perception.networks.vision import DEVIATION, MEAN, ResidualBlock, convolution
 from compand.train.audio_tasks import noisy, uniform, warped
@@ -163,15 +163,16 @@ class LatentClassification(DescentTraining):
 
     Items are varied on the device: pictures as `ImagenetteData` says, sounds in speed, start and noise. Latents and
     tokens go to samples and back for it, by the linear part of synthesis and the analysis of the codec, which cost
-    little beside the network; validation reads what is stored.
+    little beside the network; previews of latents (`expand="fixed"`) are varied as they are. Validation reads what is
+    stored.
 
     Args:
         train_set: the packed training set; says what there is to learn from and what the classes are.
         field: "latents", "tokens" or "samples"; the data module delivers it.
         widths, blocks, drop_path, dropout: see `GridClassifier`.
-        expand: bring latents of pictures back to samples by the network's first layer
-            (`compand.data.LatentExpansion`), which layers for samples follow: more accurate than reading the grid, for
-            more arithmetic.
+        expand: bring latents of pictures back to samples, which layers for samples follow, for more arithmetic:
+            "fixed" by `compand.data.LatentPreview` in front of the network, which does not learn; "learned" by the
+            network's first layer (`compand.data.LatentExpansion`).
         vary: vary the items; latents and tokens of a set of profile cpd, or without an installed codec, cannot be.
         lr, momentum, weight_decay, warmup_steps, minutes: see `DescentTraining`.
 
@@ -188,7 +189,7 @@ class LatentClassification(DescentTraining):
         blocks: Sequence[int] = (2, 2, 2),
         drop_path: float = 0.1,
         dropout: float = 0.0,
-        expand: bool = False,
+        expand: Literal["fixed", "learned"] | None = None,
         vary: bool = True,
         lr: float = 0.1,
         momentum: float = 0.9,
@@ -201,35 +202,36 @@ class LatentClassification(DescentTraining):
         info = reader.info
         if info.classes is None:
             raise UsageError(f"{train_set} has no classes: pack a folder of class folders")
-        self.field, self.vary, self.classes = field, vary, len(info.classes)
+        self.field, self.vary, self.classes, self.expand = field, vary, len(info.classes), expand
         self.axes, self.level = int(info.latent["axes"]), info.level
         self._coder = RowCodec(info)
         self._quantiser: Quantiser | None = None
         if expand and field != "latents":
             raise UsageError(f"{field} are not expanded: choose field latents")
-        stem, channels = self._stem(reader, expand)
+        self.preview = LatentPreview(self._coder.codec) if expand == "fixed" else nn.Identity()
+        stem, channels = self._stem(reader)
         self.network = GridClassifier(
             stem, channels, self.classes, self.axes, widths, blocks, drop_path, dropout
         )
 
-    def _stem(self, reader: PackedReader, expand: bool) -> tuple[nn.Module, int]:
+    def _stem(self, reader: PackedReader) -> tuple[nn.Module, int]:
         channels, stride = int(reader.info.latent["channels"]), int(reader.info.latent["stride"])
-        if self.field != "samples" and not expand:
+        if self.field != "samples" and not self.expand:
             normalise = latent_stem(reader, self.field)
             return (nn.Sequential(normalise, ItemLevel()) if self.axes == 1 else normalise), channels
-        if self.axes == 1 and not expand:
+        if self.axes == 1 and not self.expand:
             raise UsageError("decoded sounds have several lengths and rates: choose field latents or tokens")
         widths = [32, 64, 96, 128][: stride.bit_length() - 1]
         convolutions = strided_stem(3, widths, [2] * len(widths))
         mean, deviation = torch.tensor(MEAN), torch.tensor(DEVIATION)
-        if expand:
-            layers = [LatentExpansion(self._coder.codec), LatentStem(mean, deviation, 1), convolutions]
-        else:
-            layers = [LatentStem(255 * mean, 255 * deviation, 1), convolutions]
+        full = 255 if self.field == "samples" else 1
+        layers = [LatentStem(full * mean, full * deviation, 1), convolutions]
+        if self.expand == "learned":
+            layers.insert(0, LatentExpansion(self._coder.codec))
         return nn.Sequential(*layers), widths[-1]
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """inputs: of the field; targets: class probabilities [batch, classes]."""
+        """inputs: as `varied` makes them; targets: class probabilities [batch, classes]."""
         return F.cross_entropy(self.network(inputs).float(), targets)
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:  # type: ignore[override]
@@ -239,15 +241,19 @@ class LatentClassification(DescentTraining):
         return super().training_step((inputs, targets), batch_index)
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        correct = self.network(self._grid(batch)).argmax(1) == batch["label"]
+        correct = self.network(self.preview(self._grid(batch))).argmax(1) == batch["label"]
         self.log("val/accuracy", correct.float().mean(), batch_size=len(correct), prog_bar=True)
 
     def varied(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A varied batch: inputs [batch, C, h, w] of the field, and targets [batch, classes] from labels [batch]."""
+        """A varied batch for the network: inputs [batch, C, h, w] of the field, or previews [batch, 3, H, W] of them;
+        and targets [batch, classes] from labels [batch]."""
         targets = F.one_hot(labels, self.classes).float()
         smoothed = torch.lerp(targets, torch.full_like(targets, 1 / self.classes), SMOOTHING)
         if not self.vary:
-            return inputs, smoothed
+            return self.preview(inputs), smoothed
+        if self.expand == "fixed":
+            previews = self.preview(inputs)
+            return self._variation(previews.shape).distorted(previews * 255, labels)
         if self.field == "samples":
             pictures, targets = self._variation(inputs.shape).distorted(inputs, labels)
             return pictures * 255, targets

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from compand.data.sampling import PackedSampler as PackedSampler
     from compand.data.sources import Record as Record
     from compand.data.stem import LatentExpansion as LatentExpansion
+    from compand.data.stem import LatentPreview as LatentPreview
     from compand.data.stem import LatentStem as LatentStem
     from compand.data.stem import latent_stem as latent_stem
     from compand.data.transforms import CenterCrop as CenterCrop
@@ -69,6 +70,7 @@ _LAZY = {
     "PackedSampler": "compand.data.sampling",
     "PackedDataModule": "compand.data.module",
     "LatentExpansion": "compand.data.stem",
+    "LatentPreview": "compand.data.stem",
     "LatentStem": "compand.data.stem",
     "latent_stem": "compand.data.stem",
 }

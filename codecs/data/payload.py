@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 Integers = NDArray[np.signedinteger[Any]]
 
 _KINDS = (np.dtype("<i1"), np.dtype("<i2"), np.dtype("<i4"))
-_CODECS = {"zstd": ("zstd", 6), "lz4": ("lz4_raw", 6)}
-"""Compressors of Arrow, and the levels that are worth the time of packing."""
+_CODECS = {"zstd": ("zstd", 9), "lz4": ("lz4_raw", 6)}
+"""Compressors of Arrow, and the levels that are worth the time of packing. zstd from 9 on finds fewer and longer
+repetitions, which decompress faster too."""
 
 _HEADER = 5
 """Bytes before the compressed integers: their type, and their number."""

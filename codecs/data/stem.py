@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,7 @@ class LatentExpansion(nn.Module):
         codec: a codec for pictures whose synthesis has a linear part (the wavelet codecs).
         kernel: edge of the convolution in latent positions, odd; 5 reaches all but 10^-4 of the energy of a synthesis
             by bior4.4 at three levels.
+        padding: what lies beyond the borders: "zeros", or "replicate", which is nearer to the synthesis there.
 
     Attributes:
         channels: channels C of the samples.
@@ -83,7 +84,9 @@ class LatentExpansion(nn.Module):
         UsageError: the codec's synthesis has no linear part, or it codes sounds.
     """
 
-    def __init__(self, codec: Codec, kernel: int = 5) -> None:
+    def __init__(
+        self, codec: Codec, kernel: int = 5, padding: Literal["zeros", "replicate"] = "zeros"
+    ) -> None:
         super().__init__()
         from compand.transforms.wavelet import WaveletTransform
 
@@ -105,7 +108,7 @@ class LatentExpansion(nn.Module):
         parts = answers.reshape(inputs, self.channels, kernel, edge, kernel, edge)
         # A convolution looks from where it writes; the answers tell what a position writes to.
         weight = parts.permute(1, 3, 5, 0, 2, 4).flatten(0, 2).flip(2, 3)
-        self.convolution = nn.Conv2d(inputs, len(weight), kernel, padding=reach)
+        self.convolution = nn.Conv2d(inputs, len(weight), kernel, padding=reach, padding_mode=padding)
         with torch.no_grad():
             self.convolution.weight.copy_(weight)
             assert self.convolution.bias is not None
@@ -114,6 +117,34 @@ class LatentExpansion(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Latents [batch, M, h, w] -> samples [batch, C, h * stride, w * stride], in [0, 1] at first, not clamped."""
         return F.pixel_shuffle(self.convolution(latents), self.edge)
+
+
+class LatentPreview(LatentExpansion):
+    """Turns latents into pictures by a fixed convolution: those of `LatentExpansion`, clamped, which learn nothing.
+
+    What comes out can be varied as pictures are (crops, rotation, mirroring, color, mixing) and given to a model for
+    samples. No network of the codec runs. For `wavelet-rgb-16x` it takes 45 million multiplications a picture of 224 x
+    224 pixels, of which the codec's decoder takes 2,148 million.
+
+    Args:
+        codec: a codec for pictures whose synthesis has a linear part (the wavelet codecs).
+        kernel: see `LatentExpansion`.
+
+    Attributes:
+        channels, stride: see `LatentExpansion`.
+
+    Raises:
+        UsageError: the codec's synthesis has no linear part, or it codes sounds.
+    """
+
+    def __init__(self, codec: Codec, kernel: int = 5) -> None:
+        super().__init__(codec, kernel, "replicate")
+        self.requires_grad_(False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents [batch, M, h, w] -> pictures [batch, C, h * stride, w * stride], float32 in [0, 1]."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return super().forward(latents.float()).clamp(0, 1)
 
 
 def latent_stem(

@@ -12,15 +12,20 @@ learns from
 - latents-expanded, reduced-expanded (pictures): the same values, but brought back to the full grid by the network's
   first layer, a convolution that begins as the codec's linear synthesis (`LatentExpansion`) or a bicubic enlargement;
   behind it the layers of `full`;
+- latents-previewed (pictures): latents, brought back to the full grid by a fixed convolution in front of the network
+  (`LatentPreview`: the codec's linear synthesis); what comes out is varied and read as `decoded` is;
 - latents-grid, reduced-grid (pictures): as above, varied by shifts, mirroring and mixing alone, see below.
 
 All inputs have the network behind the first layer, steps, batch, rate schedule and targets in common. They are varied
 alike in training: crops of random area and aspect, rotated and sheared, mirroring, color, erasing, mixup and CutMix
 (pictures); speed, shift, filter, noise, mixup and masks in time (sounds). For latents and tokens this is done on what
 the codec's linear synthesis makes of the stored latents, before the codec's analysis and quantiser; originals are not
-seen. `latents-grid` stays on the grid: crops of whole positions,
+seen. For `latents-previewed` the analysis and the quantiser are left out: what the synthesis makes, the network reads.
+`latents-grid` stays on the grid: crops of whole positions,
 mirrored by a second view made in the same way, erasing with zeros, mixup and CutMix; `reduced-grid` does the same to
-pixels. Test items are read as they are stored.
+pixels. Test items are read as they are stored; those of `latents-previewed` are latents too, 9,408 values of a picture
+of 224 x 224, and pass the same fixed convolution. For `wavelet-rgb-16x` it takes 45 million multiplications a picture,
+the network behind it 1,015 million, and the codec's decoder, which does not run, would take 2,148 million.
 
 Every difference is tested on the same test items: outcomes are means over seeds, resampled by items (paired bootstrap).
 """
@@ -46,7 +51,7 @@ from torch.nn import functional as F
 
 from compand import checkpoint
 from compand.codec import Codec
-from compand.data.stem import LatentExpansion, LatentStem
+from compand.data.stem import LatentExpansion, LatentPreview, LatentStem
 from compand.errors import MediaError, UsageError
 from compand.eval.benchmarks import program
 from compand.eval.benchmarks.sharing import QueuedSteps, devices, on_devices, prepared
@@ -67,7 +72,7 @@ from compand.train.latent_tasks import (
 from compand.train.vision_tasks import ImagenetteData, squared
 
 PICTURE_INPUTS = ("full", "decoded", "latents", "tokens", "reduced")
-EXPANDED_INPUTS = ("latents-expanded", "reduced-expanded")
+EXPANDED_INPUTS = ("latents-expanded", "latents-previewed", "reduced-expanded")
 GRID_INPUTS = ("latents-grid", "reduced-grid")
 SOUND_INPUTS = ("full", "latents", "tokens", "logmel", "reduced")
 RATE, SECONDS = 16000, 3.2
@@ -135,6 +140,10 @@ class Inputs(ABC):
         """Numbers that an item has."""
         return next(iter(self.tests.values()))[0].numel()
 
+    def read(self, items: Tensor) -> Tensor:
+        """What a network takes of test items, float32."""
+        return items.float()
+
     @abstractmethod
     def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless varied items [size, ...] with soft targets [size, classes]."""
@@ -159,6 +168,7 @@ class PictureInputs(Inputs):
         targets: their classes, [n].
         tests, labels, stem: see `Inputs`.
         convert: turns varied pictures in [0, 1] into what a network takes.
+        expand: turns test items into what a network takes, if they are not that already.
     """
 
     axes = 2
@@ -172,12 +182,16 @@ class PictureInputs(Inputs):
         labels: Tensor,
         stem: StemMaker,
         convert: Callable[[Tensor], Tensor],
+        expand: Callable[[Tensor], Tensor] = Tensor.float,
     ) -> None:
         super().__init__(tests, labels, stem)
-        self.pictures, self.targets, self.convert = pictures, targets, convert
+        self.pictures, self.targets, self.convert, self.expand = pictures, targets, convert, expand
         edge = pictures.shape[-1]
         # Crops enlarge what they show, as those of the reference classifier do.
         self.data = ImagenetteData("", edge=edge, crop=round(edge * CROP))
+
+    def read(self, items: Tensor) -> Tensor:
+        return self.expand(items)
 
     def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         for chosen in shuffled(len(self.pictures), size, seed, self.targets.device):
@@ -360,6 +374,19 @@ def picture_inputs(
                 labels,
                 stem,
                 lambda x: quantiser.latents(quantiser.integers(x)),
+            )
+        elif name == "latents-previewed":
+            fixed = LatentPreview(codec).to(device)
+
+            def expand(latents: Tensor, fixed: nn.Module = fixed) -> Tensor:
+                expanded: Tensor = fixed(latents) * 255
+                return expanded
+
+            # Made once and kept: nothing of them changes from epoch to epoch.
+            kept = in_parts(lambda x: expand(quantiser.latents(x)).half(), stored["train"])
+            tests = {"as stored": quantiser.latents(stored["val"])}
+            result[name] = PictureInputs(
+                kept, targets, tests, labels, at_full(kept), lambda x: x * 255, expand
             )
         elif name == "tokens":
             stem = normalised(stored["train"], stride, list, channels)
@@ -560,7 +587,7 @@ class Run:
         self._steps.wait()
         self.network.eval()
         with torch.no_grad(), self._autocast():
-            answers = in_parts(lambda x: self.network(_laid_out(x.float())).argmax(1), items, 250)
+            answers = in_parts(lambda x: self.network(_laid_out(self.inputs.read(x))).argmax(1), items, 250)
         return (answers == self.inputs.labels).cpu().numpy()
 
     def _advance(self) -> None:

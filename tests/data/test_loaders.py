@@ -148,6 +148,20 @@ def damage(folder: Path, target: Path, number: int) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------------ values
 
 
+@pytest.mark.parametrize("grid", [(8, 8), (7, 8), (7, 7), (0, 4)])
+def test_integers_looked_up_in_pairs_stand_for_the_same(
+    packed: Path, codec: Codec, grid: tuple[int, int]
+) -> None:
+    dataset = PackedDataset(packed)
+    integers = np.random.default_rng(0).integers(-128, 128, (3, 12, *grid), dtype=np.int8)
+    found = dataset._looked_up(torch.from_numpy(integers))
+    levels = codec.level_values(QUALITY).cpu().numpy()
+    expected = levels[np.arange(12)[:, None, None], integers.astype(int) + 128]
+    assert found.numpy().tobytes() == expected.tobytes() and found.shape == integers.shape
+    # A table of pairs does not travel to workers.
+    assert pickle.loads(pickle.dumps(dataset))._pairs is None
+
+
 @pytest.mark.parametrize("profile", ["train", "archive", "cpd"])
 def test_items_are_what_the_codec_makes(
     profile: str, tmp_path: Path, codec: Codec, pictures: list[np.ndarray]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 import compand
 from compand.data.info import SetInfo
 from compand.data.packed import PackedReader, ShardWriter
 from compand.data.payload import RowCodec
-from compand.data.stem import FLOOR, LatentExpansion, LatentStem, latent_stem
+from compand.data.stem import FLOOR, LatentExpansion, LatentPreview, LatentStem, latent_stem
 from compand.errors import CheckpointError, UsageError
 
 
@@ -108,6 +109,20 @@ def test_expanded_latents_are_the_linear_synthesis(codec, scenery):
     picture = torch.from_numpy(scenery[:256, :320].copy()).permute(2, 0, 1)[None] / 255
     assert (samples - picture)[inside].square().mean() < 0.01
     assert all(p.requires_grad for p in expansion.parameters())
+
+
+def test_previews_are_near_the_linear_synthesis_up_to_the_borders(codec, scenery):
+    latents = codec.dequantise(codec.quantise(scenery[:224, :256], quality=3), quality=3)[None]
+    preview = LatentPreview(codec)
+    with torch.no_grad():
+        expected = codec.transform.linear_synthesis(latents).clamp(0, 1)
+        zeros = LatentExpansion(codec)(latents).clamp(0, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        pictures = preview(latents)
+    assert pictures.dtype == torch.float32 and pictures.min() >= 0 and pictures.max() <= 1
+    error = F.mse_loss(pictures, expected)
+    assert error < 1e-3 and error < F.mse_loss(zeros, expected) / 2
+    assert not any(p.requires_grad for p in preview.parameters())
 
 
 def test_latents_of_sounds_and_of_learned_synthesis_are_not_expanded():

@@ -144,7 +144,8 @@ def packed_pair(pair, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("field", "expand"), [("latents", False), ("latents", True), ("tokens", False), ("samples", False)]
+    ("field", "expand"),
+    [("latents", None), ("latents", "fixed"), ("latents", "learned"), ("tokens", None), ("samples", None)],
 )
 def test_config_trains_on_a_packed_set(packed_pair, field, expand, tmp_path):
     small = {
@@ -159,7 +160,7 @@ def test_config_trains_on_a_packed_set(packed_pair, field, expand, tmp_path):
         "trainer.enable_checkpointing": "false",
         "model.train_set": packed_pair / "train",
         "model.field": field,
-        "model.expand": str(expand).lower(),
+        "model.expand": expand or "null",
         "model.widths": "[8,16]",
         "model.blocks": "[1,1]",
         "data.train": packed_pair / "train",
@@ -176,7 +177,7 @@ def test_config_trains_on_a_packed_set(packed_pair, field, expand, tmp_path):
 
 
 def test_expanded_latents_meet_the_layers_for_samples(packed_pair):
-    module = LatentClassification(str(packed_pair / "train"), widths=(8,), blocks=(1,), expand=True)
+    module = LatentClassification(str(packed_pair / "train"), widths=(8,), blocks=(1,), expand="learned")
     latents = module._on_device().latents(torch.randint(-3, 4, (4, 12, 14, 14)))
     x, _ = module.varied(module._grid({"latents": latents}), torch.tensor([0, 1, 1, 0]))
     assert x.shape == (4, 12, 11, 11) and module.network(x).shape == (4, 2)
@@ -184,7 +185,31 @@ def test_expanded_latents_meet_the_layers_for_samples(packed_pair):
     inside = (..., slice(40, -40), slice(40, -40))
     assert torch.allclose(expansion(latents)[inside], module._on_device().preview(latents)[inside], atol=0.03)
     with pytest.raises(UsageError, match="tokens are not expanded: choose field latents"):
-        LatentClassification(str(packed_pair / "train"), "tokens", expand=True)
+        LatentClassification(str(packed_pair / "train"), "tokens", expand="learned")
+
+
+def test_fixed_previews_are_what_is_varied_and_what_is_read(packed_pair, monkeypatch):
+    module = LatentClassification(str(packed_pair / "train"), widths=(8,), blocks=(1,), expand="fixed")
+    # Nothing is coded again, and no network of the codec runs.
+    monkeypatch.setattr(module, "_on_device", None)
+    monkeypatch.setattr(type(module._coder.codec.transform), "synthesis", None)
+    latents = torch.randn(4, 12, 14, 14)
+    x, y = module.varied(latents, torch.tensor([0, 1, 1, 0]))
+    assert x.shape == (4, 3, 88, 88) and x.min() >= 0 and x.max() <= 1 and y.shape == (4, 2)
+    module.loss(x, y).backward()
+    learned = {name for name, p in module.named_parameters() if p.grad is not None}
+    assert learned == {name for name, _ in module.named_parameters() if name.startswith("network.")}
+    module.vary = False
+    assert torch.equal(module.varied(latents, torch.tensor([0, 1, 1, 0]))[0], module.preview(latents))
+    # Validation reads the same previews: a class that they alone show is found.
+    module.network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    logged = []
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.append(float(value)))
+    labels = module.preview(latents).mean((2, 3)).argmax(1)
+    module.validation_step({"latents": latents, "label": labels}, 0)
+    assert logged == [1.0]
+    with pytest.raises(UsageError, match="tokens are not expanded"):
+        LatentClassification(str(packed_pair / "train"), "tokens", expand="fixed")
 
 
 @pytest.mark.parametrize("field", ["latents", "tokens"])
@@ -307,6 +332,7 @@ def test_a_run_learns_and_is_reproducible_but_for_the_seed():
 def test_pictures_are_compared(pair, seeds, tmp_path, capsys):
     output = tmp_path / "learning.json"
     names = ["full", "decoded", "latents", "tokens", "reduced", "latents-grid", "reduced-grid"]
+    names += ["latents-expanded", "latents-previewed", "reduced-expanded"]
     names = names if seeds == 1 else ["latents", "reduced"]
     options = ["--edge", "112", "--steps", "1", "--batch", "4", "--widths", "8", "16", "--devices", "cpu"]
     latent_learning.main(
@@ -317,6 +343,11 @@ def test_pictures_are_compared(pair, seeds, tmp_path, capsys):
     assert set(names) <= set(rows)
     assert rows["latents"]["values"] == rows["reduced"]["values"] == 12 * 14 * 14
     assert rows["latents"]["parameters"] == rows["reduced"]["parameters"]
+    if "full" in names:
+        # Latents are what is stored and read; the fixed convolution has no weight that is learned.
+        assert rows["latents-previewed"]["values"] == rows["latents"]["values"]
+        assert rows["latents-previewed"]["parameters"] == rows["full"]["parameters"]
+        assert rows["latents-expanded"]["parameters"] > rows["full"]["parameters"]
     assert set(rows["latents"]["against"]) == ({"reduced", "full"} if "full" in names else {"reduced"})
     assert len(results["runs"]) == seeds * len(names)
     assert all(len(run["outcomes"]["as stored"]) == 6 for run in results["runs"])
