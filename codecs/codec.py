@@ -16,7 +16,7 @@ here and never a concrete class.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -72,6 +72,7 @@ class Transform(nn.Module, ABC):
         edge: samples before the first and after the last one of a signal that have to be coded too for its ends to be
             restored, a multiple of `stride` up to `context`; 0 where the transform extends signals by itself.
         takes_bytes: whether analysis takes 8-bit samples too, 0 .. 255 for [0, 1].
+        one_analysis: whether analysis gives the same latents at all qualities.
         encoder_parts: prefixes of the parameters that decoding does not need.
         coarse_parts: prefixes of convolution kernels that a checkpoint may keep in 8 bits.
     """
@@ -81,6 +82,7 @@ class Transform(nn.Module, ABC):
     context: int
     edge: int = 0
     takes_bytes: bool = False
+    one_analysis: bool = False
     encoder_parts: tuple[str, ...]
     coarse_parts: tuple[str, ...] = ()
 
@@ -96,6 +98,13 @@ class Transform(nn.Module, ABC):
     @abstractmethod
     def reduce_precision(self, dtype: torch.dtype) -> None:
         """Converts what tolerates it to `dtype`, for speed; interfaces stay float32."""
+
+    def settle_new_parts(self, learned: Collection[str]) -> None:
+        """After the start from a checkpoint: lets residual parts that it has no weights for begin as the identity.
+
+        Args:
+            learned: names of the parameters that the checkpoint gave, as in `state_dict`.
+        """
 
 
 class Bottleneck(nn.Module, ABC):
@@ -272,6 +281,7 @@ class Codec(nn.Module, ABC):
             error of samples in [0, 1].
         architecture: constructor arguments, as config.json keeps them.
         half_kernels: whether checkpoints keep convolution kernels in half precision.
+        prior_sources: other codecs, by name, whose integer prior training can start from.
         info: the checkpoint this codec was loaded from; None while it is being trained.
         concealer: estimates lost tokens; None: the nearest ones stand in for them.
     """
@@ -279,6 +289,7 @@ class Codec(nn.Module, ABC):
     codec_id: ClassVar[int]
     medium: ClassVar[str]
     half_kernels: ClassVar[bool] = True
+    prior_sources: ClassVar[tuple[str, ...]] = ()
     architecture: dict[str, Any]
 
     def __init__(self, transform: Transform, bottleneck: Bottleneck, lambdas: Sequence[float]) -> None:
@@ -462,6 +473,23 @@ class Codec(nn.Module, ABC):
         if not self.vocabulary:
             raise _no_tokens(self)
 
+    def _best_whole_level(
+        self,
+        encode: Callable[[int], bytes],
+        suits: Callable[[bytes], bool],
+        merit: Callable[[bytes], tuple[float, float]],
+    ) -> tuple[bytes | None, list[bytes]]:
+        """The file of greatest merit among those that suit, None if none does, and the files of all levels.
+
+        Codes of a codebook have no levels in between, and neither bytes nor errors need be monotonic in the level: each
+        is tried.
+
+        Args:
+            encode: makes a file of a level in 1/32.
+        """
+        files = [encode(level * QUALITY_STEPS) for level in range(1, self.levels + 1)]
+        return max(filter(suits, files), key=merit, default=None), files
+
     def _check_packets(self, packets: int) -> None:
         """Raises UsageError unless tokens can be cut into so many packets, or 0."""
         if packets:
@@ -494,11 +522,50 @@ class Codec(nn.Module, ABC):
         lost = (indices < 0).any(0)
         if lost.all():
             raise BitstreamError("no packet is intact")
-        if lost.any():
-            depth = level // QUALITY_STEPS
-            indices = nearest_fill(indices) if self.concealer is None else self.concealer.fill(indices, depth)
-        y_hat = self.bottleneck.dequantise(indices[None].int().to(self.device), level)
-        return y_hat[0], int(lost.sum())
+        return self.restore(indices, level), int(lost.sum())
+
+    @torch.inference_mode()
+    def restore(self, indices: Tensor, level: int) -> Tensor:
+        """The latents that `decode` with `conceal` makes of tokens.
+
+        Lost ones are, with a concealer, what `Concealer.estimate` holds their latents to be where there is one
+        codebook, and what `Concealer.fill` gives where there are several; without one, those of the nearest tokens.
+
+        Args:
+            indices: int64 [planes, h, w], -1 where one is lost.
+            level: quality in 1/32 level.
+
+        Returns:
+            float32 [M, h, w] on the codec's device.
+
+        Raises:
+            UsageError: this codec has no tokens, or these are not of the level.
+        """
+        self._require_tokens()
+        depth = min(max(level // QUALITY_STEPS, 1), len(self.vocabulary))
+        if bool((indices < 0).any()):
+            if self.concealer is None:
+                indices = nearest_fill(indices)
+            elif len(self.vocabulary[depth - 1]) == 1:
+                return self.concealer.estimate(indices, depth, self.code_values(depth))
+            else:
+                indices = self.concealer.fill(indices, depth)
+        return self.bottleneck.dequantise(indices[None].to(self.device), level)[0]
+
+    def code_values(self, depth: int) -> Tensor:
+        """What the codes of a level of one codebook stand for: float32 [K, M] on the codec's device.
+
+        Args:
+            depth: quality level, from 1.
+
+        Raises:
+            UsageError: the level has several codebooks, or none.
+        """
+        sizes = self.vocabulary[depth - 1] if self.vocabulary else ()
+        if len(sizes) != 1:
+            raise UsageError(f"level {depth} of {self.name} has {len(sizes)} codebooks: this is for one")
+        every = torch.arange(sizes[0], device=self.device)[None, None, None]
+        return self.bottleneck.dequantise(every, depth * QUALITY_STEPS)[0, :, 0].T.contiguous()
 
     def _checked_tokens(self, tokens: Any, quality: float | None) -> tuple[Tensor, float]:
         """Tokens int64 [..., planes, n] or [planes, h, w] and their quality, where it follows from the planes.

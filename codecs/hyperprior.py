@@ -21,7 +21,7 @@ def geometric_levels(low: float, high: float, levels: int) -> list[float]:
     return [low * (high / low) ** (i / (levels - 1)) for i in range(levels)]
 
 
-def _shared_architecture(
+def shared_architecture(
     latent_channels: int,
     stages: Sequence[Sequence[int]],
     lambda_range: Sequence[float],
@@ -75,7 +75,7 @@ class HyperpriorCodec(ImageCodec):
             HyperpriorBottleneck(latent_channels, lambdas, hyper_channels, hyper_widths, trainable),
             lambdas,
         )
-        self.architecture = _shared_architecture(latent_channels, stages, lambda_range, levels, transform) | {
+        self.architecture = shared_architecture(latent_channels, stages, lambda_range, levels, transform) | {
             "hyper_channels": hyper_channels,
             "hyper_widths": list(hyper_widths),
         }
@@ -108,4 +108,4 @@ class FactorizedCodec(ImageCodec):
             FactorizedBottleneck(latent_channels, lambdas, trainable),
             lambdas,
         )
-        self.architecture = _shared_architecture(latent_channels, stages, lambda_range, levels, transform)
+        self.architecture = shared_architecture(latent_channels, stages, lambda_range, levels, transform)

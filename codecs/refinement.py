@@ -52,6 +52,9 @@ NEAREST = 1e-4
 
 SEED = 20_061_021
 
+WARM_STEPS = 3
+"""On a CUDA device, before one is captured: libraries choose their kernels in them."""
+
 
 class Rounded(NamedTuple):
     """Values between two integers each."""
@@ -72,11 +75,12 @@ class SoftRounding:
     Gumbel-softmax of the same temperature, which for two candidates is a sigmoid of logistic noise, here of NOISE.
 
     Args:
-        temperature: above 0; towards 0 choices become hard, and the nearest integer certain.
+        temperature: above 0; towards 0 choices become hard, and the nearest integer certain. A number, or a scalar on
+            the device.
         generator: of the noise.
     """
 
-    def __init__(self, temperature: float, generator: torch.Generator) -> None:
+    def __init__(self, temperature: float | Tensor, generator: torch.Generator) -> None:
         self.temperature, self.generator = temperature, generator
 
     def __call__(self, x: Tensor) -> Rounded:
@@ -155,14 +159,73 @@ def anneal(
         schedule: how many steps, and how temperature falls with them: geometrically.
         report: called after each.
     """
-    generator = torch.Generator(relaxation.variables[0].device).manual_seed(SEED)
-    optimizer = torch.optim.Adam(relaxation.variables, LEARNING_RATE)
+    descent = _Descent(relaxation, distortion)
     for step in range(schedule.steps):
         done = step / max(schedule.steps - 1, 1)
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (0.55 + 0.45 * math.cos(math.pi * done))
-        temperature = FIRST_TEMPERATURE * (schedule.coldest / FIRST_TEMPERATURE) ** done
-        bits, y_hat = relaxation.sample(SoftRounding(temperature, generator))
-        optimizer.zero_grad()
-        (bits + distortion(y_hat)).backward()
-        optimizer.step()
+        rate = LEARNING_RATE * (0.55 + 0.45 * math.cos(math.pi * done))
+        descent.step(rate, FIRST_TEMPERATURE * (schedule.coldest / FIRST_TEMPERATURE) ** done)
         report()
+
+
+class _Descent:
+    """Steps of Adam. On a CUDA device, where they are bound by the launch of kernels, a step is captured after a few
+    and replayed from then on. What cannot be captured goes on as it began.
+    """
+
+    def __init__(self, relaxation: Relaxation, distortion: Callable[[Tensor], Tensor]) -> None:
+        self._relaxation, self._distortion = relaxation, distortion
+        device = relaxation.variables[0].device
+        self._capturable = device.type == "cuda"
+        self._rate, self._temperature = (torch.zeros((), device=device) for _ in range(2))
+        self._optimizer = torch.optim.Adam(
+            relaxation.variables,
+            self._rate if self._capturable else LEARNING_RATE,
+            capturable=self._capturable,
+        )
+        self._generator = torch.Generator(device).manual_seed(SEED)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._warm = 0
+
+    def step(self, rate: float, temperature: float) -> None:
+        """One step, at a learning rate and a temperature."""
+        if self._relaxation.variables[0].device.type != "cuda":
+            self._optimizer.param_groups[0]["lr"] = rate
+            self._update(temperature)
+            return
+        self._rate.fill_(rate)
+        self._temperature.fill_(temperature)
+        if self._graph is None and self._warm == WARM_STEPS and self._capturable:
+            self._capture()
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        self._warm = min(self._warm + 1, WARM_STEPS)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._update(self._temperature)
+        torch.cuda.current_stream().wait_stream(side)
+
+    def _update(self, temperature: float | Tensor) -> None:
+        bits, y_hat = self._relaxation.sample(SoftRounding(temperature, self._generator))
+        self._optimizer.zero_grad()
+        (bits + self._distortion(y_hat)).backward()
+        self._optimizer.step()
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self._generator)
+        self._optimizer.zero_grad()
+        stream = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._update(self._temperature)
+        except RuntimeError:  # something waits for the device, or is copied to it
+            self._capturable = False
+            torch.cuda.synchronize()
+            torch.cuda.set_stream(stream)  # a capture that fails does not leave its own
+            # The former one waits for a graph that there is not.
+            self._generator = torch.Generator(self._generator.device).manual_seed(SEED + 1)
+            self._optimizer.zero_grad()
+            return
+        self._graph = graph

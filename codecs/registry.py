@@ -67,6 +67,9 @@ _ENTRIES = [
     CodecEntry(
         7, "compressai", "image", "compand.compressai:CompressaiCodec", "models imported from CompressAI"
     ),
+    CodecEntry(
+        8, "context", "image", "compand.context:ContextCodec", "contexts of what is decoded, fewest bytes"
+    ),
 ]
 
 

@@ -72,9 +72,10 @@ def check_new(folder: Path) -> None:
 def save(codec: Codec, folder: Path) -> None:
     """Writes model.safetensors and config.json of a codec whose bottleneck is frozen.
 
-    Convolution kernels and codes of codebooks (of codecs with `half_kernels`), and a concealer, are stored in half
-    precision; `coarse_parts` in 8 bits, the bottleneck's with a scale for each pair of channels, the transform's for
-    each output channel; all else in float32 or in integers of 16 or 32 bits. What only training needs is left out.
+    Convolution kernels and codes of codebooks (of codecs with `half_kernels`) are stored in half precision;
+    `coarse_parts` and the matrices and kernels of a concealer in 8 bits, the bottleneck's with a scale for each pair of
+    channels, others for each output channel; all else in float32 or in integers of 16 or 32 bits. What only training
+    needs is left out.
 
     Raises:
         CheckpointError: the folder holds a checkpoint already; a released version never changes.
@@ -87,13 +88,14 @@ def save(codec: Codec, folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for name in bare.state_dict():
         value = state[name].detach().float().cpu()
-        if value.ndim == 4 and name.startswith(by_pair + by_output):
-            shared = (2, 3) if name.startswith(by_pair) else (1, 2, 3)
+        concealing = name.startswith(f"{CONCEALER}.")
+        if (value.ndim == 4 and name.startswith(by_pair + by_output)) or (concealing and value.ndim > 1):
+            shared = (2, 3) if name.startswith(by_pair) else tuple(range(1, value.ndim))
             scale = (value.abs().amax(shared, keepdim=True) / 127).clamp(min=6e-8).half()
             tensors[name + SCALE] = scale
             tensors[name] = torch.round(value / scale.float()).clamp(-127, 127).to(torch.int8)
         else:
-            half = (value.ndim >= 3 and codec.half_kernels) or name.startswith(f"{CONCEALER}.")
+            half = (value.ndim >= 3 and codec.half_kernels) or concealing
             tensors[name] = value.half() if half else value
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     for name, array in codec.bottleneck.frozen_arrays().items():
@@ -155,7 +157,8 @@ def in_channels_last(codec: Codec) -> None:
 def warm_start(codec: Codec, info: CheckpointInfo, *, prior: bool = True) -> None:
     """Gives a trainable codec the weights of a checkpoint, as far as names and shapes agree.
 
-    The checkpoint may belong to another codec with the same transform.
+    The checkpoint may belong to another codec with the same transform, or with one that has fewer blocks: further ones
+    begin as the identity.
 
     Args:
         prior: False leaves the integer prior out, for a codec whose prior has other widths.
@@ -171,7 +174,8 @@ def warm_start(codec: Codec, info: CheckpointInfo, *, prior: bool = True) -> Non
             f"{info.name} has no weights in common with this {codec.name}: check its architecture"
         )
     codec.load_state_dict(shared, strict=False)
-    if prior and info.codec == codec.name:
+    codec.transform.settle_new_parts(subset(shared, "transform."))
+    if prior and info.codec in (codec.name, *codec.prior_sources):
         try:
             codec.bottleneck.thaw(_integers(tensors))
         except (RuntimeError, ValueError) as error:

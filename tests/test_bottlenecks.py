@@ -383,6 +383,9 @@ def test_frozen_and_trainable_bits_agree(name, scenery):
         optimizer.step()
     # Where most symbols are 0, noise in place of rounding costs more bits a symbol than rounding does.
     bounds = ((32, 0.15, 0.2), (96, 0.06, 0.15), (160, 0.02, 0.08), (256, 0.01, 0.02))
+    if name == "context":
+        # Noise is told apart from what contexts expect, too.
+        bounds = ((32, 0.2, 0.25), (96, 0.12, 0.2), (160, 0.07, 0.15), (256, 0.02, 0.03))
     for level, relative, a_symbol in bounds:
         quality = torch.tensor([level])
         with torch.no_grad():
@@ -461,9 +464,10 @@ def test_frozen_integers_round_trip_and_are_checked(name, exact):
     bottleneck.load_frozen(arrays)
     again = bottleneck.frozen_arrays()
     assert again.keys() == arrays.keys() and all(np.array_equal(again[key], arrays[key]) for key in arrays)
+    other = exact(name).bottleneck
     for key in arrays:
         with pytest.raises(CheckpointError):
-            exact(name).bottleneck.load_frozen({k: v for k, v in arrays.items() if k != key})
+            other.load_frozen({k: v for k, v in arrays.items() if k != key})
     with pytest.raises(CheckpointError, match="frozen already"):
         bottleneck.freeze()
 

@@ -57,11 +57,16 @@ def check_quantization(name: str) -> str:
     return name
 
 
-def to_symbols(x: Tensor) -> NDArray[np.int32]:
-    """Rounded to int32; values beyond +-2**30 become that, NaN becomes 0."""
+def rounded(x: Tensor) -> Tensor:
+    """Rounded to int32, where x is; values beyond +-2**30 become that, NaN becomes 0."""
     limit = float(1 << 30)
     bounded = torch.nan_to_num(x.detach(), nan=0.0).clamp_(-limit, limit)
-    return bounded.round_().to(torch.int32).cpu().numpy()
+    return bounded.round_().to(torch.int32)
+
+
+def to_symbols(x: Tensor) -> NDArray[np.int32]:
+    """`rounded`, as an array."""
+    return rounded(x).cpu().numpy()
 
 
 class FactorizedDensity(nn.Module):
@@ -98,6 +103,44 @@ class FactorizedDensity(nn.Module):
         likelihood = torch.sigmoid(logits(coded + 0.5)) - torch.sigmoid(logits(coded - 0.5))
         bits = -torch.log2(self.model.likelihood_lower_bound(likelihood))
         return bits.view(coded.shape[1], coded.shape[0], -1).sum((0, 2))
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def fit(self, tables: TableSet, steps: int = 200) -> None:
+        """Learns what tables, one a channel, say of integers, as far as such a density can.
+
+        Args:
+            tables: of a checkpoint; their escapes are left out.
+            steps: of gradient descent.
+        """
+        quantiles, device = self.model.quantiles, self.model.quantiles.device
+        low = int(tables.lows.min())
+        values = torch.arange(
+            low, int((tables.lows + tables.sizes).max()), dtype=torch.float32, device=device
+        )
+        target = torch.zeros(len(tables), len(values))
+        for row, first, mass in zip(target, tables.lows.tolist(), tables.frequencies, strict=True):
+            row[first - low : first - low + len(mass) - 1] = torch.from_numpy(mass[:-1] / mass[:-1].sum())
+        with torch.no_grad():
+            ends = np.stack([tables.lows, np.zeros_like(tables.lows), tables.lows + tables.sizes - 1], 1)
+            quantiles[:, 0] = torch.from_numpy(ends).to(quantiles)
+        learned = [p for p in self.model.parameters() if p is not quantiles]
+        optimizer = torch.optim.Adam(learned, 0.05)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
+        coded = values.expand(1, len(tables), 1, -1)
+        target = target.to(device)[:, None]
+        for _ in range(steps):
+            edges = coded[0, :, :, :1] - 0.5, coded[0] + 0.5
+            cumulative = torch.sigmoid(
+                self.model._logits_cumulative(torch.cat(edges, -1), stop_gradient=False)
+            )
+            likelihood = self.model.likelihood_lower_bound(cumulative.diff(dim=-1))
+            loss = -(target * torch.log2(likelihood)).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        optimizer.zero_grad()
 
     def auxiliary_loss(self) -> Tensor:
         """Pulls the learned quantiles to the tails of the density, where the tables will end."""

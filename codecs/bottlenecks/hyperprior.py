@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from compand.coding.integer import (
 )
 from compand.coding.tables import TableSet
 from compand.errors import CheckpointError, UsageError
-from compand.refinement import Relaxation, SoftRounding, TableCosts
+from compand.refinement import Relaxation, Rounded, SoftRounding, TableCosts
 
 SCALES = 64
 MIN_LOG2_SCALE = -3.5
@@ -54,9 +55,24 @@ def scale_indexes(log2_scales: Tensor) -> Tensor:
     return quotient.clamp_(0, SCALES - 0.5).to(torch.uint8)
 
 
+def scale_places(log2_scales: Tensor) -> Tensor:
+    """Places of fixed-point log2 of scales among those of the tables, 0 for the first; floats, not rounded."""
+    return (log2_scales - MIN_LOG2_SCALE * (1 << FRACTION_BITS)) / SCALE_STEP
+
+
 def table_scales() -> list[float]:
     """Standard deviation of each table, in quantisation steps."""
     return [2.0 ** (MIN_LOG2_SCALE + k * SCALE_STEP / (1 << FRACTION_BITS)) for k in range(SCALES)]
+
+
+class Coded(NamedTuple):
+    """Latents of a batch as they are coded."""
+
+    z: tuple[
+        NDArray[np.int64], NDArray[np.int32]
+    ]  # table indexes [n], shared by the items, and symbols [batch, ...]
+    y: list[tuple[NDArray[np.uint8], NDArray[np.int32]]]  # of each push in turn; both [batch, ...]
+    y_hat: Tensor  # [batch, M, h, w]
 
 
 class HyperpriorBottleneck(Bottleneck):
@@ -96,6 +112,8 @@ class HyperpriorBottleneck(Bottleneck):
 
     scale_offset: nn.Parameter
     _unit: Tensor
+    _multiplier: Tensor
+    _shift: Tensor
     encoder_parts = ("hyper_analysis", "z_gain")
     coarse_parts: tuple[str, ...] = ("hyper_analysis",)
     refinable = True
@@ -147,8 +165,8 @@ class HyperpriorBottleneck(Bottleneck):
         self.prior: IntegerNetwork | None = None
         self.z_tables: TableSet | None = None
         self.y_tables: TableSet | None = None
-        self._multiplier = torch.zeros(0)
-        self._shift = torch.zeros(0)
+        for name in ("_multiplier", "_shift"):
+            self.register_buffer(name, torch.zeros(0, dtype=torch.int64), persistent=False)
         unit = torch.tensor(1 / (1 << FRACTION_BITS), dtype=torch.float32)  # of the integer prior's means
         self.register_buffer("_unit", unit, persistent=False)
         self.trainable = trainable
@@ -182,12 +200,7 @@ class HyperpriorBottleneck(Bottleneck):
             return self._forward_frozen(y, quality)
         if not self.trainable:
             raise CheckpointError("this codec is frozen: build it in its trainable state to train it")
-        z = self._analysed(y)
-        with torch.autocast(y.device.type, enabled=False):
-            z = z.float() * self.z_gain.gain(quality)
-            z_coded, z_decoded = quantised(z, self.quantization, self.training)
-            z_bits = self.z_density.bits(z_coded)
-            hyper = self._hyper(z_decoded, quality)
+        z_bits, hyper = self._side_information(y, quality)
         parameters = self.hyper_synthesis(hyper)[..., : y.shape[2], : y.shape[3]]
         with torch.autocast(y.device.type, enabled=False):
             means, log2_scales = self._split(parameters.float())
@@ -200,31 +213,38 @@ class HyperpriorBottleneck(Bottleneck):
             y_hat = decoded * self.y_gain.inverse(quality) + means
         return BottleneckOutput(y_hat, y_bits + z_bits, {"auxiliary": self.z_density.auxiliary_loss()})
 
+    def _side_information(self, y: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """In floating point: bits of z, [batch], and what h_s works on."""
+        z = self._analysed(y)
+        with torch.autocast(y.device.type, enabled=False):
+            z = z.float() * self.z_gain.gain(quality)
+            coded, decoded = quantised(z, self.quantization, self.training)
+            return self.z_density.bits(coded), self._hyper(decoded, quality)
+
     def _forward_frozen(self, y: Tensor, quality: Tensor) -> BottleneckOutput:
         y_hats, bits = [], []
         for item, level in zip(y, quality.tolist(), strict=True):
-            (z_indexes, z_symbols), (y_indexes, y_symbols), means = self._encode(item[None], level)
+            coded = self._coded(item[None], self._hyper_steps(item[None], level), level)
             z_tables, y_tables = self._frozen()
-            cost = z_tables.bits(z_symbols.ravel(), z_indexes).sum()
-            bits.append(float(cost + y_tables.bits(y_symbols.ravel(), y_indexes.ravel()).sum()))
-            y_hats.append(self._dequantise(y_symbols, means, level))
+            cost = z_tables.bits(coded.z[1].ravel(), coded.z[0]).sum()
+            for indexes, symbols in coded.y:
+                cost += y_tables.bits(symbols.ravel(), indexes.ravel()).sum()
+            bits.append(float(cost))
+            y_hats.append(coded.y_hat)
         return BottleneckOutput(torch.cat(y_hats), torch.tensor(bits, dtype=torch.float64, device=y.device))
 
     def compress(self, y: Tensor, quality: int) -> list[bytes]:
-        z, coded, _ = self._encode(y, quality)
-        return self._push(z, coded)
+        return self._push(self._coded(y, self._hyper_steps(y, quality), quality))
 
-    def _push(
-        self, z: tuple[NDArray[np.int64], NDArray[np.int32]], y: tuple[NDArray[np.uint8], NDArray[np.int32]]
-    ) -> list[bytes]:
-        """Payloads of table indexes and symbols as `_encode` gives them."""
+    def _push(self, coded: Coded) -> list[bytes]:
         z_tables, y_tables = self._frozen()
-        (z_indexes, z_symbols), (y_indexes, y_symbols) = z, y
+        z_indexes, z_symbols = coded.z
         payloads = []
-        for z_item, y_item, index in zip(z_symbols, y_symbols, y_indexes, strict=True):
+        for i, z_item in enumerate(z_symbols):
             writer = AnsWriter()
             writer.push(z_item.ravel(), z_indexes, z_tables)
-            writer.push(y_item.ravel(), index.ravel(), y_tables)
+            for indexes, symbols in coded.y:
+                writer.push(symbols[i].ravel(), indexes[i].ravel(), y_tables)
             payloads.append(writer.finish())
         return payloads
 
@@ -279,27 +299,35 @@ class HyperpriorBottleneck(Bottleneck):
         tuple[NDArray[np.int64], NDArray[np.int32]], tuple[NDArray[np.uint8], NDArray[np.int32]], Tensor
     ]:
         """As `_encode`, of a z that is given in quantisation steps."""
-        level = torch.tensor([quality], device=y.device)
         z_symbols = to_symbols(z)
         means, indexes = self._predict(torch.from_numpy(z_symbols), quality, y.shape[2:])
-        symbols = to_symbols((y.float().contiguous() - means) * self.y_gain.gain(level))
+        symbols = to_symbols((y.float().contiguous() - means) * self._gains(quality)[0])
         z_indexes = self._z_indexes(z_symbols.shape[2:])
         return (z_indexes, z_symbols), (indexes.cpu().numpy(), symbols), means
 
+    def _coded(self, y: Tensor, z: Tensor, quality: int) -> Coded:
+        """What `compress` codes; z is given in quantisation steps."""
+        z_coded, y_coded, means = self._encode_with(y, z, quality)
+        return Coded(z_coded, [y_coded], self._dequantise(y_coded[1], means, quality))
+
     def relaxed(self, y: Tensor, quality: int) -> Relaxation:
-        return _RelaxedHyperprior(self, y, quality)
+        return RelaxedHyperprior(self, y, quality)
 
     def _predict(self, z: Tensor, quality: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The integer prior: symbols of z -> means [batch, M, h, w] and table indexes, uint8 of the same shape."""
         self._frozen()
         assert self.prior is not None
         device = self.y_gain.log2_gain.device
-        # Beyond 2**30 every index is the first or the last; within it 32 bits hold the sum.
-        shift = interpolate_levels(self._shift, quality, QUALITY_STEPS).clamp(-(1 << 30), 1 << 30)
         parameters = self.prior(self._exact_hyper(z.to(device).long(), quality))
         means, scales = self._split(parameters[..., : shape[0], : shape[1]])
-        indexes = scale_indexes(self._exact_log2(scales, shift[:, None, None].int().to(device)))
+        indexes = scale_indexes(self._exact_log2(scales, self._exact_shift(quality).to(device)))
         return means.to(torch.float32) * self._unit, indexes
+
+    def _exact_shift(self, quality: int) -> Tensor:
+        """What is added to log2 sigma, fixed-point int32 [M, 1, 1]."""
+        # Beyond 2**30 every index is the first or the last; within it 32 bits hold the sum.
+        shift = interpolate_levels(self._shift, quality, QUALITY_STEPS).clamp(-(1 << 30), 1 << 30)
+        return shift[:, None, None].int()
 
     def _exact_hyper(self, z: Tensor, quality: int) -> Tensor:
         """What the integer h_s works on, fixed-point: z, given in quantisation steps. Floats are not rounded."""
@@ -318,8 +346,7 @@ class HyperpriorBottleneck(Bottleneck):
         shift = interpolate_levels(self._shift, quality, QUALITY_STEPS).to(z)
         parameters = self.prior.relaxed(self._exact_hyper(z, quality))
         means, scales = self._split(parameters[..., : shape[0], : shape[1]])
-        log2_scales = self._exact_log2(scales, shift[:, None, None])
-        return means * self._unit, (log2_scales - MIN_LOG2_SCALE * (1 << FRACTION_BITS)) / SCALE_STEP
+        return means * self._unit, scale_places(self._exact_log2(scales, shift[:, None, None]))
 
     def _split(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Output of h_s -> mu (without means, zeros of one element) and what says the scales, log2 sigma here."""
@@ -329,8 +356,12 @@ class HyperpriorBottleneck(Bottleneck):
         return parameters.new_zeros(1, 1, 1, 1), parameters
 
     def _dequantise(self, symbols: NDArray[np.int32], means: Tensor, quality: int) -> Tensor:
-        level = torch.tensor([quality], device=means.device)
-        return torch.from_numpy(symbols).to(means) * self.y_gain.inverse(level) + means
+        return torch.from_numpy(symbols).to(means) * self._gains(quality)[1] + means
+
+    def _gains(self, quality: int) -> tuple[Tensor, Tensor]:
+        """Of encoder and decoder at one quality, [1, M, 1, 1] each."""
+        level = torch.tensor([quality], device=self.y_gain.log2_gain.device)
+        return self.y_gain.gain(level), self.y_gain.inverse(level)
 
     def _z_shape(self, shape: Sequence[int]) -> tuple[int, int]:
         """Positions of z for latents of a shape (h, w)."""
@@ -353,8 +384,8 @@ class HyperpriorBottleneck(Bottleneck):
         if not self.trainable:
             raise CheckpointError("this bottleneck is frozen already")
         self.prior = IntegerNetwork.from_float(self._scaled_prior()).to(self.y_gain.log2_gain.device)
-        self._multiplier = to_fixed(self.z_gain.inverse_levels().detach()).cpu()
-        self._shift = to_fixed((self.y_gain.log2_gain + self.scale_offset).detach()).cpu()
+        self._multiplier = to_fixed(self.z_gain.inverse_levels().detach())
+        self._shift = to_fixed((self.y_gain.log2_gain + self.scale_offset).detach())
         z_counts, y_counts = counts or ([{}] * self.hyper_channels, [{}] * SCALES)
         self.z_tables = blend(*self.z_density.masses(torch.ones(self.hyper_channels)), z_counts)
         gaussian = TableSet.gaussian(table_scales())
@@ -375,15 +406,18 @@ class HyperpriorBottleneck(Bottleneck):
 
     def count(self, y: Tensor, quality: int) -> list[tuple[NDArray[np.int64], NDArray[np.int32]]]:
         """(table indexes, symbols) of z and of y as `compress` codes them; what `freeze` wants counted."""
-        (z_indexes, z_symbols), (y_indexes, y_symbols), _ = self._encode(y, quality)
+        (z_indexes, z_symbols), y_coded, _ = self._coded(y, self._hyper_steps(y, quality), quality)
+        y_indexes, y_symbols = (
+            np.concatenate([part.ravel() for part in parts]) for parts in zip(*y_coded, strict=True)
+        )
         return [
             (np.tile(z_indexes, len(z_symbols)), z_symbols.ravel()),
-            (y_indexes.ravel().astype(np.int64), y_symbols.ravel()),
+            (y_indexes.astype(np.int64), y_symbols),
         ]
 
     @torch.no_grad()
     def thaw(self, arrays: Mapping[str, NDArray[np.int32]]) -> None:
-        """Restores h_s and the shift of log2 sigma; the density of z is learned anew within a few hundred steps."""
+        """Restores h_s, the shift of log2 sigma and, as near as it comes, the density of z."""
         layers = [part for part in self.hyper_synthesis if isinstance(part, nn.Conv2d)]
         exact_layers = IntegerNetwork.from_arrays(subset(arrays, "prior.")).convolutions
         for layer, exact in zip(layers, exact_layers, strict=True):
@@ -392,6 +426,7 @@ class HyperpriorBottleneck(Bottleneck):
             layer.bias.copy_(exact.bias / (1 << (WEIGHT_BITS + FRACTION_BITS)))
         shift = torch.from_numpy(arrays["shift"]).double() / (1 << FRACTION_BITS)
         self.scale_offset.copy_(shift - self.y_gain.log2_gain)
+        self.z_density.fit(TableSet.from_arrays(subset(arrays, "z_tables.")))
 
     def table_counts(self) -> list[int]:
         return [len(tables) for tables in self._frozen()]
@@ -400,8 +435,8 @@ class HyperpriorBottleneck(Bottleneck):
         z_tables, y_tables = self._frozen()
         assert self.prior is not None
         arrays = {
-            "multiplier": self._multiplier.numpy().astype(np.int32),
-            "shift": self._shift.numpy().astype(np.int32),
+            "multiplier": self._multiplier.cpu().numpy().astype(np.int32),
+            "shift": self._shift.cpu().numpy().astype(np.int32),
         }
         for prefix, part in (("prior.", self.prior), ("z_tables.", z_tables), ("y_tables.", y_tables)):
             arrays |= {prefix + name: array for name, array in part.arrays().items()}
@@ -435,7 +470,7 @@ class HyperpriorBottleneck(Bottleneck):
         return self.z_tables, self.y_tables
 
 
-class _RelaxedHyperprior(Relaxation):
+class RelaxedHyperprior(Relaxation):
     """y and z, with the integer prior without its rounding between them.
 
     Bits of a symbol are those of the table that it will be coded with; from the difference to the next one z learns
@@ -445,9 +480,8 @@ class _RelaxedHyperprior(Relaxation):
     def __init__(self, bottleneck: HyperpriorBottleneck, y: Tensor, quality: int) -> None:
         z_tables, y_tables = bottleneck._frozen()
         self._bottleneck, self._quality = bottleneck, quality
-        level = torch.tensor([quality], device=y.device)
         self._y, self._z = y.float().contiguous(), bottleneck._hyper_steps(y, quality).detach()
-        self._gain, self._inverse = bottleneck.y_gain.gain(level), bottleneck.y_gain.inverse(level)
+        self._gain, self._inverse = bottleneck._gains(quality)
         self._z_costs = TableCosts(z_tables, range(len(z_tables)), y.device)
         self._y_costs = TableCosts(y_tables, range(len(y_tables)), y.device)
         self._z_rows = torch.arange(self._z.shape[1], device=y.device)[:, None, None]
@@ -458,16 +492,20 @@ class _RelaxedHyperprior(Relaxation):
         z = rounding(self._z + z_offset)
         means, places = self._bottleneck._relaxed_prediction(z.value, self._quality, self._y.shape[2:])
         y = rounding((self._y - means) * self._gain + y_offset)
+        bits = self._z_costs(z, self._z_rows).sum() + self._bits(y, places)
+        return bits, y.value * self._inverse + means
+
+    def _bits(self, y: Rounded, places: Tensor) -> Tensor:
+        """Of values with tables given by their places among the scales."""
         place = places.clamp(0, SCALES - 1)
         row = place.detach().floor().clamp(max=SCALES - 2)
         nearer_above = place.detach() - row >= 0.5
         below, above = (self._y_costs(y, each) for each in (row.long(), row.long() + 1))
         slope = (above - below).detach() * (place - place.detach())
-        bits = torch.where(nearer_above, above, below) + slope
-        return self._z_costs(z, self._z_rows).sum() + bits.sum(), y.value * self._inverse + means
+        return (torch.where(nearer_above, above, below) + slope).sum()
 
     def code(self) -> tuple[bytes, Tensor]:
         y_offset, z_offset = (variable.detach() for variable in self.variables)
         moved = self._y + y_offset / self._gain
-        z, y, means = self._bottleneck._encode_with(moved, self._z + z_offset, self._quality)
-        return self._bottleneck._push(z, y)[0], self._bottleneck._dequantise(y[1], means, self._quality)
+        coded = self._bottleneck._coded(moved, self._z + z_offset, self._quality)
+        return self._bottleneck._push(coded)[0], coded.y_hat

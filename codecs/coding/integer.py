@@ -217,6 +217,17 @@ class IntegerNetwork(nn.Module):
         """The layers in order."""
         return [layer for layer in self.layers if isinstance(layer, IntegerConvolution)]
 
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Of what it takes and of what it gives."""
+        first, last = self.convolutions[0], self.convolutions[-1]
+        return first.taps.shape[2], last.taps.shape[1] // math.prod(last.shuffle)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether each position's result depends on that position alone."""
+        return all(layer.kernel == layer.shuffle == (1, 1) for layer in self.convolutions)
+
     @classmethod
     def from_float(cls, network: nn.Sequential) -> IntegerNetwork:
         """Converts a chain of odd "same" convolutions, each optionally followed by a shuffle and by ReLU or LeakyReLU.
@@ -252,7 +263,7 @@ class IntegerNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: integers of any dtype, [batch, in, h, w], clamped to +-ACTIVATION_LIMIT. Returns int32."""
-        x = x.double().clamp(-ACTIVATION_LIMIT, ACTIVATION_LIMIT).transpose(0, 1)
+        x = x.to(torch.float64, copy=True).clamp_(-ACTIVATION_LIMIT, ACTIVATION_LIMIT).transpose(0, 1)
         planes = _Planes(x, x.shape[2], x.shape[3])
         for layer in self.layers:
             planes = layer(planes)

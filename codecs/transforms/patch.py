@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -248,6 +248,16 @@ class PatchTransform(Transform):
         if self.linear_path:
             feature = feature + pixel_shuffle(self.synthesis_linear(y_hat), self.stride)
         return feature + 0.5
+
+    def settle_new_parts(self, learned: Collection[str]) -> None:
+        for side in ("analysis_blocks", "synthesis_blocks"):
+            for i, stage in enumerate(getattr(self, side)):
+                if f"{side}.{i}.0.project.weight" not in learned:
+                    continue
+                for j, block in enumerate(stage):
+                    if f"{side}.{i}.{j}.project.weight" not in learned:
+                        nn.init.zeros_(block.project.weight)
+                        nn.init.zeros_(block.project.bias)
 
     def reduce_precision(self, dtype: torch.dtype) -> None:
         """Converts all but the linear path and the last layer, whose rounding would show at high rates."""
