@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -17,13 +16,10 @@ from torch.nn import functional as F
 
 from compand.bottlenecks.codebook import CodebookBottleneck
 from compand.bottlenecks.codebooks import Quantiser
-from compand.checkpoint import find
 from compand.codec import QUALITY_STEPS, Codec
 from compand.errors import UsageError
 from compand.train.codec_training import CodecTraining, as_samples, rate_unit
-from compand.train.export import load_run
 from compand.train.optim import MuonAdam
-from compand.weights import warm_start
 
 ADVERSARIAL, FEATURES, DISCRIMINATOR = "adversarial", "features", "discriminator"
 """Names of the terms that discriminators add, and of their own loss."""
@@ -195,7 +191,7 @@ class AdversarialTraining(CodecTraining):
         self.bottleneck_lr, self.discriminator_lr, self.muon = bottleneck_lr, discriminator_lr, muon
         self.clip = clip
         if start_from is not None:
-            _take_over(codec, start_from, start_prior)
+            self.take_over(start_from, prior=start_prior)
         codec.transform.requires_grad_(train == "all")
         recluster = getattr(self.quantiser, "recluster", None)
         if train == "codebook" and recluster is not None:
@@ -357,7 +353,8 @@ class AdversarialTraining(CodecTraining):
 
     def _graphs(self) -> bool:
         # Codebooks that are kept choose as they do in evaluation, item by item, each at a depth that the host reads.
-        return self.part != "prior" and super()._graphs()
+        # Of several processes, they exchange what they counted in the middle of a step.
+        return self.part != "prior" and not self.several and super()._graphs()
 
     def on_fit_start(self) -> None:
         """Says what the distance is."""
@@ -375,9 +372,11 @@ class AdversarialTraining(CodecTraining):
         super().on_save_checkpoint(checkpoint)
         checkpoint["objective"] = self.description
 
-    def validation_step(self, item: Tensor, batch_index: int) -> None:
+    def validation_step(self, item: Tensor, batch_index: int, dataloader_idx: int = 0) -> None:
         """Estimated rate, PSNR and the terms of the distance of one whole picture, or of an excerpt of a sound, at
-        every trained level. `val/distance` is the weighted sum of the terms, mean over levels."""
+        every trained level. `val/distance` is the weighted sum of the terms, mean over levels; of items that are
+        trained on, a second set, they are named `seen/`."""
+        kind = "seen" if dataloader_idx else "val"
         x = as_samples(item)
         unit, factor = rate_unit(self.codec)
         total = 0.0
@@ -389,9 +388,9 @@ class AdversarialTraining(CodecTraining):
             weighted = sum(self.weights.get(name, 0.0) * float(term) for name, term in terms.items())
             total += weighted / (high - low + 1)
             values = {unit: factor * bits, "psnr": psnr} | terms
-            named = {f"val/{name}_{level}": value for name, value in values.items()}
-            self.log_dict(named, batch_size=1)
-        self.log("val/distance", total, batch_size=1, prog_bar=True)
+            named = {f"{kind}/{name}_{level}": value for name, value in values.items()}
+            self.log_dict(named, batch_size=1, add_dataloader_idx=False)
+        self.log(f"{kind}/distance", total, batch_size=1, prog_bar=True, add_dataloader_idx=False)
 
     def configure_optimizers(self) -> Any:
         transform = [p for p in self.codec.transform.parameters() if p.requires_grad]
@@ -414,17 +413,3 @@ class AdversarialTraining(CodecTraining):
                 )
             )
         return optimizers
-
-
-def _take_over(codec: Codec, start_from: str, prior: bool) -> None:
-    """Gives a codec the weights of a checkpoint, or of a run with all that training knows (use of codes)."""
-    if not start_from.endswith(".ckpt"):
-        warm_start(codec, find(start_from), prior=prior)
-        return
-    own, given = codec.state_dict(), load_run(Path(start_from))[0].state_dict()
-    shared = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
-    if not shared:
-        raise UsageError(
-            f"{start_from} has no weights in common with this {codec.name}: check its architecture"
-        )
-    codec.load_state_dict(shared, strict=False)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn import functional as F
 
 from compand.audio_codec import AudioCodec
-from compand.codec import QUALITY_STEPS, Codec
+from compand.checkpoint import find
+from compand.codec import QUALITY_STEPS, Codec, subset
+from compand.errors import UsageError
+from compand.train import ledger
+from compand.train.export import load_run
 from compand.train.schedule import TimedModule
+from compand.weights import warm_start
 
 
 def as_samples(batch: Tensor) -> Tensor:
@@ -33,8 +40,14 @@ def rate_unit(codec: Codec) -> tuple[str, float]:
 class CodecTraining(TimedModule):
     """Trains a codec by steps of manual optimisation; the last weights are kept as `final.ckpt`.
 
-    On one CUDA device the forward and backward pass are captured as a CUDA graph, since a step at these model sizes is
-    bound by kernel launches.
+    On CUDA devices the forward and backward pass are captured as a CUDA graph, since a step at these model sizes is
+    bound by kernel launches; batches of another shape, or steps of another kind, are captured anew.
+
+    Of several processes (`--trainer.strategy ddp`), each captures the pass over its own batch. What is captured ends
+    with the gradients of that batch; their mean over all processes is taken behind it, in one piece, and the update,
+    which clips and is captured as well, sees the mean alone (`leave_gradients`, `average_gradients`). The reducer of
+    DistributedDataParallel, whose exchange within the backward pass no graph could hold, stays idle; the wrapper makes
+    weights alike at the start. Nothing else is exchanged between processes but the clock (`TimedModule`).
 
     Args:
         codec: the codec to train, in its trainable state.
@@ -66,6 +79,63 @@ class CodecTraining(TimedModule):
         self._static: tuple[Tensor, Tensor] | None = None
         self._kind: Hashable = None
         self._warm = 0
+        self._started_from = ""
+        self._ledger: list[ledger.Entry] = []
+
+    def take_over(self, start_from: str, *, prior: bool = True) -> None:
+        """Gives the codec the weights of an earlier training as far as names and shapes agree; its ledger goes on.
+
+        Args:
+            start_from: checkpoint, by name or folder, or a run (.ckpt), which has all that training knows (densities of
+                z, the use of codes).
+            prior: False leaves the integer prior of a checkpoint out, see `compand.weights.warm_start`.
+
+        Raises:
+            CheckpointError: it cannot be read or nothing fits.
+            UsageError: a run whose weights do not fit.
+        """
+        if not start_from.endswith(".ckpt"):
+            info = find(start_from)
+            warm_start(self.codec, info, prior=prior)
+            self._started_from, self._ledger = info.name, ledger.read(info.path / "CARD.md")
+            return
+        run, facts = load_run(Path(start_from))
+        own, given = self.codec.state_dict(), run.state_dict()
+        shared = {
+            name: value for name, value in given.items() if name in own and own[name].shape == value.shape
+        }
+        if not shared:
+            raise UsageError(
+                f"{start_from} has no weights in common with this {self.codec.name}: check its architecture"
+            )
+        self.codec.load_state_dict(shared, strict=False)
+        self.codec.transform.settle_new_parts(subset(shared, "transform."))
+        self._started_from = "a run"
+        self._ledger = ledger.extended(facts, "a run that was not exported")
+
+    @property
+    def several(self) -> bool:
+        """Whether several processes train together."""
+        return self._trainer is not None and self.trainer.world_size > 1
+
+    def leave_gradients(self, loss: Tensor) -> None:
+        """The backward pass, whose gradients stay those of this process."""
+        if not self.several:
+            self.manual_backward(loss)
+            return
+        with self.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
+            self.manual_backward(loss)
+
+    def average_gradients(self) -> None:
+        """Makes the gradients, which lie where they lay, their means over all processes. Nothing happens in one."""
+        if not self.several:
+            return
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.trainer.world_size
+        means = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [m.view_as(g) for m, g in zip(means, gradients, strict=True)])
 
     def run_step(
         self,
@@ -79,15 +149,18 @@ class CodecTraining(TimedModule):
         Args:
             backward: of static shapes, without a value that the host reads.
             batch: its argument.
-            optimizers: whose gradients are cleared before a step that is not captured.
-            kind: steps of another kind than the last one are captured anew.
+            optimizers: whose gradients are cleared before a step that is not captured, and whose updates are captured
+                anew together with steps.
+            kind: steps of another kind than the last one are captured anew, as are those of batches of another shape.
         """
         if not (batch.is_cuda and self._graphs()):
             for optimizer in optimizers:
                 optimizer.zero_grad()
             return backward(batch)
-        if kind != self._kind:
-            self._graph, self._static, self._warm, self._kind = None, None, 0, kind
+        if (kind, batch.shape) != self._kind:
+            self._graph, self._static, self._warm, self._kind = None, None, 0, (kind, batch.shape)
+            for optimizer in optimizers:
+                optimizer.optimizer.recapture()
         if self._graph is not None and self._static is not None:
             self._static[0].copy_(batch)
             self._graph.replay()
@@ -104,15 +177,16 @@ class CodecTraining(TimedModule):
             return shown
         static = batch.clone()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Threads that watch the exchange between processes may go on while this one captures.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             shown = backward(static)
         self._static = (static, shown)
         self._graph.replay()
         return shown
 
     def _graphs(self) -> bool:
-        """Whether steps are captured: gradients of several processes are exchanged outside a graph."""
-        return self.cuda_graph and (self._trainer is None or self.trainer.world_size == 1)
+        """Whether steps are captured, where they run on CUDA devices."""
+        return self.cuda_graph
 
     def at_level(self, x: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """One picture or excerpt of a sound of any size, coded at a quality level.
@@ -136,9 +210,10 @@ class CodecTraining(TimedModule):
         super().on_train_start()
         if self.compile_transform:
             transform = self.codec.transform
+            # For every shape of its own: there are few, and kernels for all of them at once are slower.
             self._analysis, self._synthesis = (
-                torch.compile(transform.analysis),
-                torch.compile(transform.synthesis),
+                torch.compile(transform.analysis, dynamic=False),
+                torch.compile(transform.synthesis, dynamic=False),
             )
 
     def _set_learning_rate(self, *optimizers: Any) -> None:
@@ -159,3 +234,5 @@ class CodecTraining(TimedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["codec"] = {"name": self.codec.name, "architecture": self.codec.architecture}
+        checkpoint["started_from"] = self._started_from
+        checkpoint["ledger"] = [list(entry) for entry in self._ledger]

@@ -8,8 +8,9 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -26,6 +27,7 @@ from compand.codec import QUALITY_STEPS, Codec
 from compand.errors import CheckpointError
 from compand.image_codec import TILE, ImageCodec, tile_rows
 from compand.sounds import read_sound, resample
+from compand.train import ledger
 from compand.train.images import find_images, read_rgb
 from compand.train.sounds import find_sounds, split
 from compand.weights import adopt_symbols, check_new, choose_device, save
@@ -41,8 +43,8 @@ def load_run(path: Path) -> tuple[Codec, dict[str, Any]]:
     """The codec of a Lightning checkpoint in its trainable state, with averaged weights if the run kept them.
 
     Returns:
-        The codec and the facts of the run: steps, minutes, the arguments of its data module, and in words what it was
-        held to if that is more than rate and squared error.
+        The codec and the facts of the run: steps, minutes, seconds of GPUs, the arguments of its data module, in words
+        what it was held to if that is more than rate and squared error, what it started from and the ledger of that.
 
     Raises:
         CheckpointError: not a checkpoint of `compand train`.
@@ -59,8 +61,11 @@ def load_run(path: Path) -> tuple[Codec, dict[str, Any]]:
         facts = {
             "steps": run["global_step"],
             "minutes": run["elapsed_seconds"] / 60,
+            "gpu_seconds": run.get("gpu_seconds", 0.0),
             "data": run.get("datamodule_hyper_parameters") or {},
             "objective": run.get("objective"),
+            "started_from": run.get("started_from", ""),
+            "ledger": run.get("ledger", []),
         }
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
@@ -77,8 +82,7 @@ def picture_latents(codec: ImageCodec, path: Path, qualities: Sequence[int]) -> 
     """Latents [1, M, h, w] of the first tile of a picture at every one of some qualities, with the quality."""
     pixels = read_rgb(path)
     tile = tile_rows(pixels.shape[0], pixels.shape[1], TILE)[0][0]
-    for quality in qualities:
-        yield codec.analyse(pixels, tile, quality), quality
+    yield from _at_each(codec, qualities, lambda quality: codec.analyse(pixels, tile, quality))
 
 
 def sound_latents(
@@ -95,9 +99,21 @@ def sound_latents(
     for begin in range(0, sound.length, PART):
         part = sound.samples[:, begin : begin + PART]
         start = int(generator.integers(max(part.shape[1] - EXCERPT, 0) + 1))
-        for quality in qualities:
-            for group in codec.analyse(part[:, start : start + EXCERPT], quality).split(1):
+        excerpt = part[:, start : start + EXCERPT]
+        for y, quality in _at_each(codec, qualities, partial(codec.analyse, excerpt)):
+            for group in y.split(1):
                 yield group, quality
+
+
+def _at_each(
+    codec: Codec, qualities: Sequence[int], analyse: Callable[[int], Tensor]
+) -> Iterator[tuple[Tensor, int]]:
+    """Latents at every one of some qualities, with the quality; analysed once where that does for all."""
+    y = None
+    for quality in qualities:
+        if y is None or not codec.transform.one_analysis:
+            y = analyse(quality)
+        yield y, quality
 
 
 @torch.inference_mode()
@@ -254,21 +270,24 @@ def write_card(folder: Path, codec: Codec, facts: Mapping[str, Any], tables: str
         "codec": f"{codec.name}, {config['parameters']:,} numbers",
         "qualities": f"{low} to {high}; {levels}",
         "latents": latent,
-        "training": f"{facts['steps']} steps, {facts['minutes']:.1f} minutes",
+        "training": f"{facts['steps']} steps, {facts['minutes']:.1f} minutes"
+        + (f", from {facts['started_from']}" if facts["started_from"] else ""),
         "objective": facts.get("objective") or "rate and mean squared error",
         "data": data,
         "tables": tables,
         "exported": f"{date.today().isoformat()}, torch {torch.__version__}",
         "terms": "to be stated by the author: of the weights and of the data",
     }
-    write_rows(folder, rows)
+    measure = "Kodak BD-rate against VTM" if codec.medium == "image" else "measured"
+    write_rows(folder, rows, ledger.table(ledger.extended(facts, folder.name), measure))
 
 
-def write_rows(folder: Path, rows: Mapping[str, str]) -> None:
-    """The CARD.md of a checkpoint that nothing is measured of yet: a table of its facts."""
+def write_rows(folder: Path, rows: Mapping[str, str], section: str = "") -> None:
+    """The CARD.md of a checkpoint that nothing is measured of yet: a table of its facts, and a further section."""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     (folder / "CARD.md").write_text(
         f"# {folder.name}\n\n| | |\n|---|---|\n{table}\n\n## Measured\n\n"
-        f"Nothing yet: `compand eval rd FOLDER -c {folder}` measures rate and distortion.\n",
+        f"Nothing yet: `compand eval rd FOLDER -c {folder}` measures rate and distortion.\n"
+        + (f"\n{section}\n" if section else ""),
         encoding="utf-8",
     )

@@ -57,6 +57,7 @@ class MuonAdam(torch.optim.Optimizer):
         momentum: Muon's momentum (Nesterov).
         betas: Adam's.
         cuda_graph: whether updates on CUDA parameters are captured. Gradients must then stay in the same memory.
+        clip: largest norm of all gradients together, to which they are scaled down before an update; None: any.
     """
 
     def __init__(
@@ -68,11 +69,12 @@ class MuonAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         adam_only: bool = False,
         cuda_graph: bool = False,
+        clip: float | None = None,
     ) -> None:
         super().__init__(
             params, {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "adam_only": adam_only}
         )
-        self.cuda_graph = cuda_graph
+        self.cuda_graph, self.clip = cuda_graph, clip
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = 0
         self._rates: list[Tensor] = []
@@ -102,6 +104,8 @@ class MuonAdam(torch.optim.Optimizer):
             self._rates.append(torch.zeros((), device=group["params"][0].device))
 
     def _update(self) -> None:
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], self.clip)
         for group, rate, stacks, rest in zip(
             self.param_groups, self._rates, self._stacks, self._rest, strict=True
         ):
@@ -153,7 +157,8 @@ class MuonAdam(torch.optim.Optimizer):
             self._update()
         else:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Threads that watch the exchange between processes may go on while this one captures.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._update()
             self._graph.replay()
         return loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +41,20 @@ class FeatureDistance(nn.Module):
         """The network stays as it was trained."""
         return super().train(False)
 
+    def features(self, x: Tensor) -> list[Tensor]:
+        """What is compared of a batch [batch, 3, h, w] in [0, 1], of any size from 32 x 32 on."""
+        return [_unit(stage.float()) for stage in self.encoder(x)]
+
+    def between(self, x_hat: Tensor, wanted: Sequence[Tensor]) -> Tensor:
+        """The distance of a batch from one of which `features` are given: scalar."""
+        parts = [(a - b).square().sum(1).mean() for a, b in zip(self.features(x_hat), wanted, strict=True)]
+        return torch.stack(parts).mean()
+
     def forward(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """Two batches [batch, 3, h, w] in [0, 1] of any size from 32 x 32 on -> scalar."""
         with torch.no_grad():
-            wanted = self.encoder(x)
-        parts = [
-            (_unit(a.float()) - _unit(b.float())).square().sum(1).mean()
-            for a, b in zip(self.encoder(x_hat), wanted, strict=True)
-        ]
-        return torch.stack(parts).mean()
+            wanted = self.features(x)
+        return self.between(x_hat, wanted)
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -60,13 +65,14 @@ def _unit(features: Tensor) -> Tensor:
 class ImageDistance(nn.Module):
     """Terms of a picture's distance: "pixel" and "perceptual".
 
-    - pixel: mean absolute error;
+    - pixel: mean absolute error, or mean squared error;
     - perceptual: mean of `FeatureDistance` over networks and scales. In training both pictures are moved by the same
       random number of pixels first, below 16, so that the networks' strides leave no grid of their own.
 
     Args:
         models: names or folders of reference models.
         scales: number of scales; each is seen at half the resolution of the one before.
+        squared: whether "pixel" is the squared error.
 
     Raises:
         UsageError, CheckpointError: as `FeatureDistance`.
@@ -74,28 +80,47 @@ class ImageDistance(nn.Module):
 
     SHIFT = 16
 
-    def __init__(self, models: Sequence[str] = ("imagenette-classifier",), scales: int = 2) -> None:
+    def __init__(
+        self, models: Sequence[str] = ("imagenette-classifier",), scales: int = 2, squared: bool = False
+    ) -> None:
         super().__init__()
         self.networks = nn.ModuleList(FeatureDistance(model) for model in models)
-        self.scales = scales
+        self.scales, self.squared = scales, squared
 
     @property
     def description(self) -> str:
         """What the distance is, in words."""
         names = ", ".join(network.name for network in self.networks if isinstance(network, FeatureDistance))
-        return f"mean absolute error; features of {names} at {self.scales} scales in place of LPIPS"
+        error = "squared" if self.squared else "absolute"
+        return f"mean {error} error; features of {names} at {self.scales} scales in place of LPIPS"
 
     def forward(self, x_hat: Tensor, x: Tensor) -> dict[str, Tensor]:
         """x_hat, x: [batch, 3, h, w] in [0, 1], float32. Returns scalars."""
         a, b = x_hat, x
         if x_hat.requires_grad:
             a, b = _shifted(a, b, self.SHIFT)
-        parts = []
+        error = x_hat - x
+        pixel = error.square().mean() if self.squared else error.abs().mean()
+        return {"pixel": pixel, "perceptual": self.between(a, self.features(b))}
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> list[list[Tensor]]:
+        """What "perceptual" compares of a batch, for each scale and network; see `between`."""
+        return [network.features(scaled) for scaled, network in self._seen(x)]
+
+    def between(self, x_hat: Tensor, wanted: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The term "perceptual" for a batch of which `features` are given."""
+        pairs = zip(self._seen(x_hat), wanted, strict=True)
+        return torch.stack([network.between(scaled, given) for (scaled, network), given in pairs]).mean()
+
+    def _seen(self, x: Tensor) -> Iterator[tuple[Tensor, FeatureDistance]]:
+        """A batch at every scale, with every network."""
         for scale in range(self.scales):
             if scale:
-                a, b = F.avg_pool2d(a, 2, ceil_mode=True), F.avg_pool2d(b, 2, ceil_mode=True)
-            parts += [network(a, b) for network in self.networks]
-        return {"pixel": (x_hat - x).abs().mean(), "perceptual": torch.stack(parts).mean()}
+                x = F.avg_pool2d(x, 2, ceil_mode=True)
+            for network in self.networks:
+                assert isinstance(network, FeatureDistance)
+                yield x, network
 
 
 def _shifted(a: Tensor, b: Tensor, limit: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+CLOCK_STEPS = 20
+"""Steps for which several processes keep to one reading of the clock."""
+
 
 class TimedModule(pl.LightningModule):
     """A module whose training may have a time limit, which goes on counting when a run is resumed.
@@ -28,6 +31,8 @@ class TimedModule(pl.LightningModule):
         super().__init__()
         self._elapsed = 0.0
         self._last = 0.0
+        self._gpu_seconds = 0.0
+        self._shared: float | None = None
 
     def on_train_start(self) -> None:
         self._last = time.monotonic()
@@ -36,24 +41,37 @@ class TimedModule(pl.LightningModule):
         """The share of the peak learning rate for this step: warm-up, then cosine decay by steps or by time, whichever
         is further on. Ends the training with the time limit. To be called once a step."""
         now = time.monotonic()
-        self._elapsed, self._last = self._elapsed + now - self._last, now
+        passed, self._last = now - self._last, now
+        self._elapsed += passed
+        if self.on_gpu:
+            self._gpu_seconds += passed * self.trainer.world_size
         progress = self.global_step / self.trainer.max_steps if self.trainer.max_steps > 0 else 0.0
         if self.minutes is not None:
-            # The clocks of several processes differ; all follow the first, or their weights would drift apart.
-            elapsed = (
-                self._elapsed
-                if self.trainer.world_size == 1
-                else self.trainer.strategy.broadcast(self._elapsed)
-            )
-            progress = max(progress, elapsed / (60 * self.minutes))
+            progress = max(progress, self._common_elapsed() / (60 * self.minutes))
             self.trainer.should_stop = progress >= 1
         self.progress = progress
         cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
         factor = self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine
         return factor * min(1, (self.global_step + 1) / max(self.warmup_steps, 1))
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether this module trains on GPUs."""
+        return self.device.type == "cuda"
+
+    def _common_elapsed(self) -> float:
+        """Seconds of training by the clock that all processes follow, or their weights would drift apart: the first
+        one's. Asking for it waits for the device, so that it is asked for now and then."""
+        if self.trainer.world_size == 1:
+            return self._elapsed
+        if self._shared is None or self.global_step % CLOCK_STEPS == 0:
+            self._shared = float(self.trainer.strategy.broadcast(self._elapsed))
+        return self._shared
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["elapsed_seconds"] = self._elapsed
+        checkpoint["gpu_seconds"] = self._gpu_seconds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._elapsed = checkpoint["elapsed_seconds"]
+        self._gpu_seconds = checkpoint.get("gpu_seconds", 0.0)

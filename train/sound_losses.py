@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchaudio.functional import melscale_fbanks
 
 from compand.errors import UsageError
@@ -31,9 +32,13 @@ class Spectrum(nn.Module):
     def complex(self, x: Tensor) -> Tensor:
         """x: [..., n] -> complex [..., bins, frames]."""
         size = len(self.window)
-        flat = x.reshape(-1, x.shape[-1])
-        spectrum = torch.stft(flat, size, size // 4, window=self.window, return_complex=True)
-        return (spectrum * (4 / size)).reshape(*x.shape[:-1], *spectrum.shape[1:])
+        flat = F.pad(x.reshape(-1, x.shape[-1]), (size // 2, size // 2), mode="reflect")
+        # Windows are four hops side by side: the gradient of overlapping views would be scattered value by value.
+        hops = flat[:, : flat.shape[1] // (size // 4) * (size // 4)].unflatten(1, (-1, size // 4))
+        count = hops.shape[1] - 3
+        frames = torch.cat([hops[:, place : place + count] for place in range(4)], 2)
+        spectrum = torch.fft.rfft(frames * (self.window * (4 / size))).mT
+        return spectrum.reshape(*x.shape[:-1], *spectrum.shape[1:])
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., n] -> [..., bins, frames], at least FLOOR; its gradient is finite at zero too."""

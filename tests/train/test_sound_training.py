@@ -415,6 +415,29 @@ def test_symbols_of_sounds_are_counted_as_they_are_coded(trained, folders, monke
             assert total[table] == dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
+@pytest.mark.parametrize(("name", "calls"), [("codebook-audio", 1), ("wavelet-audio", 3)])
+def test_sounds_are_analysed_at_each_quality_only_where_it_matters(
+    trained, folders, monkeypatch, name, calls
+):
+    codec = trained(name, steps=1)
+    sound = find_sounds(folders[1])[1]
+    qualities = [32, 64, 32 * codec.levels]
+    analyse, made = codec.analyse, []
+
+    def spy(samples: np.ndarray, quality: int) -> torch.Tensor:
+        made.append((analyse(samples, quality), quality))
+        return made[-1][0]
+
+    monkeypatch.setattr(codec, "analyse", spy)
+    with torch.inference_mode():
+        found = list(export.sound_latents(codec, sound, qualities, np.random.default_rng(0)))
+        assert len(made) == calls and [quality for _, quality in found] == qualities
+        sample = analyse(read_sound(sound).samples[:, :2048], qualities[0])
+        other = analyse(read_sound(sound).samples[:, :2048], qualities[-1])
+    assert torch.equal(sample, other) == (calls == 1)
+    assert all(torch.equal(y, made[min(i, calls - 1)][0]) for i, (y, _) in enumerate(found))
+
+
 def test_a_codec_of_sensor_signals_is_trained_and_used(tmp_path):
     """Six channels at 100 Hz, each a mixture of the same three oscillations: neither sound nor picture."""
     generator = np.random.default_rng(0)

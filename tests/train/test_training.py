@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import re
 import shutil
 import subprocess
 import sys
@@ -21,10 +22,10 @@ import compand
 from compand import image_codec, registry
 from compand.errors import CheckpointError, MediaError, UsageError
 from compand.hyperprior import FactorizedCodec, HyperpriorCodec
-from compand.train import cli, export
+from compand.train import cli, codec_training, export, ledger
 from compand.train.adversarial import AdversarialTraining
 from compand.train.concealment import ConcealmentTraining
-from compand.train.images import CropDataset, ImageFolder, find_images, read_rgb
+from compand.train.images import CropDataset, ImageFolder, Stage, find_images, read_rgb
 from compand.train.optim import NEWTON_SCHULZ, MuonAdam, orthogonalise
 from compand.train.rate_distortion import RateDistortion
 from compand.train.sounds import SoundFolder
@@ -109,6 +110,7 @@ def test_an_export_encodes_and_decodes(smoke, photographs, tmp_path, capsys, sce
     card = (folder / "CARD.md").read_text()
     assert "hyperprior-v7" in capsys.readouterr().out and "50 steps" in card
     assert f"counted on {photographs.name}" in card and "channels" in card and "batch_size" in card
+    assert ledger.read(folder / "CARD.md") == [ledger.Entry("hyperprior-v7", 50, 0, ledger.UNMEASURED)]
     codec = compand.load(folder, device="cpu")
     data = codec.encode(scenery[:128, :128], quality=6)
     decoded = codec.decode(data)
@@ -119,6 +121,49 @@ def test_an_export_encodes_and_decodes(smoke, photographs, tmp_path, capsys, sce
     monkeypatch.chdir(tmp_path)
     export.main([final, "--device=cpu"])
     assert (tmp_path / "checkpoints" / "hyperprior-v1" / "config.json").exists()
+
+
+def test_a_ledger_goes_on_from_run_to_run(smoke, photographs, tmp_path):
+    first = tmp_path / "hyperprior-v1"
+    export.main([str(smoke / "final.ckpt"), "-o", str(first), "--device=cpu"])
+    card = first / "CARD.md"
+    card.write_text(card.read_text().replace("0.00 | not measured", "1.25 | +9.0 %") + "\n## More\n\n| a |\n")
+    next_run = fit(
+        photographs, tmp_path, f"--model.start_from={first}", "--trainer.max_steps=4",
+        "--data.late_crop=[64, 128]", "--data.late_share=0.5", "--data.seen=1", "--trainer.val_check_interval=4",
+    )  # fmt: skip
+    assert len(metrics(next_run, "seen/cost")) == len(metrics(next_run, "val/cost")) == 1
+    run = loaded(next_run / "final.ckpt")
+    torch.save(run | {"gpu_seconds": 1800.0}, tmp_path / "gpu.ckpt")
+    second = tmp_path / "hyperprior-v2"
+    export.main([str(tmp_path / "gpu.ckpt"), "-o", str(second), "--device=cpu"])
+    rows = [
+        ledger.Entry("hyperprior-v7", 50, 1.25, "+9.0 %")._replace(run="hyperprior-v1"),
+        ledger.Entry("hyperprior-v2, from hyperprior-v1", 4, 1.75, ledger.UNMEASURED),
+    ]
+    assert ledger.read(second / "CARD.md") == rows
+    assert (
+        "4 steps" in (second / "CARD.md").read_text() and "Kodak BD-rate" in (second / "CARD.md").read_text()
+    )
+
+    # A run goes on from another run as from its export, with all that training knows.
+    codec = export.load_run(smoke / "final.ckpt")[0]
+    other = RateDistortion(HyperpriorCodec(**codec.architecture), start_from=str(tmp_path / "gpu.ckpt"))
+    state = other.codec.state_dict()
+    assert all(torch.equal(value, run["state_dict"][f"codec.{name}"]) for name, value in state.items())
+    saved: dict[str, Any] = {}
+    other.on_save_checkpoint(saved)
+    assert [row[2] for row in saved["ledger"]] == [1.25, 1.75]
+
+
+def test_ledgers_that_are_none(tmp_path):
+    card = tmp_path / "CARD.md"
+    assert ledger.read(card) == []
+    card.write_text("# a\n\n| x | y |\n")
+    assert ledger.read(card) == []
+    card.write_text(ledger.table([ledger.Entry("a", 1000, 2.5, "")], "b") + "\n| c | 5 | much | |\n")
+    with pytest.raises(CheckpointError, match=r"row .* c .* is not run, steps"):
+        ledger.read(card)
 
 
 def test_averaged_weights_are_exported(smoke):
@@ -185,12 +230,17 @@ def test_every_config_builds_its_parts(tmp_path, photographs, monkeypatch, capsy
 
     for path in sorted(CONFIGS.glob("*.yaml")):
         text = path.read_text()
+        # An overlay names, at its beginning, the config that it is to be given after.
+        named = re.findall(r"--config train/configs/(\S+)", text) or [path.name]
+        assert named[-1] == path.name
+        text = "".join((CONFIGS / name).read_text() for name in named)
         sounds = "SoundFolder" in text
         data = "--data.batch_size=2" if sounds else f"--data.root={photographs}"
         # Parts are trained of something, which a user names.
         part = ["--model.init_args.train=all"] if "train: codebook" in text else []
+        configs = [f"--config={CONFIGS / name}" for name in named]
         instance = LightningCLI(
-            args=["--config", str(path), *part, data, "--trainer.accelerator=cpu",
+            args=[*configs, *part, data, "--trainer.accelerator=cpu",
                   "--trainer.precision=32", "--trainer.logger=false"],
             run=False, subclass_mode_model=True, subclass_mode_data=True, save_config_callback=None,
         )  # fmt: skip
@@ -236,6 +286,40 @@ def test_the_loss_is_its_formula(monkeypatch):
     torch.testing.assert_close(loss, expected + output.losses["auxiliary"], rtol=1e-3, atol=0)
     assert shown[1].item() == pytest.approx(float(output.bits.mean()) / 1024, rel=1e-3)
     assert shown[2].item() == pytest.approx(float(mse.mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 5, 32, 1000])
+def test_qualities_of_a_batch_can_be_spread(count):
+    module = RateDistortion(small(), stratified=True)
+    drawn = torch.stack([module.draw_qualities(count, torch.device("cpu")) for _ in range(400)])
+    assert drawn.shape == (400, count) and drawn.dtype == torch.int64
+    assert int(drawn.min()) >= 32 and int(drawn.max()) <= 256
+    part = 225 / count
+    places = (drawn - 32) / part
+    assert ((places >= torch.arange(count) - 1 / part) & (places <= torch.arange(count) + 1)).all()
+    # Uniform all the same, over all batches.
+    assert float(drawn.float().mean()) == pytest.approx(144, abs=16 / count**0.5)
+    if count == 1:
+        assert float(drawn.float().std()) == pytest.approx(225 / 12**0.5, rel=0.1)
+
+
+def test_gradients_of_several_processes_are_averaged(monkeypatch):
+    class FakeTrainer:
+        world_size = 4
+
+    module = RateDistortion(small())
+    module._trainer = FakeTrainer()
+    others = list(module.parameters())[::2]
+    for p in others:
+        p.grad = torch.randn(p.shape)
+    places = [p.grad.data_ptr() for p in others]
+    before = [p.grad.clone() for p in others]
+    # Three more processes, with the gradient 1 everywhere.
+    monkeypatch.setattr(codec_training.dist, "all_reduce", lambda flat: flat.add_(3))
+    module.average_gradients()
+    for p, place, old in zip(others, places, before, strict=True):
+        assert p.grad.data_ptr() == place
+        torch.testing.assert_close(p.grad, (old + 3) / 4)
 
 
 def test_every_parameter_learns_and_has_one_group():
@@ -324,7 +408,7 @@ from compand.train.rate_distortion import RateDistortion
 finish = RateDistortion.on_train_end
 
 def report(self):
-    content = b"".join(p.detach().numpy().tobytes() for p in self.parameters())
+    content = b"".join(p.detach().cpu().numpy().tobytes() for p in self.parameters())
     # One write a process, so that lines do not mix.
     sys.stdout.write(f"weights {hashlib.sha256(content).hexdigest()} after {self.global_step}\\n")
     sys.stdout.flush()
@@ -335,21 +419,30 @@ main(sys.argv[1:])
 """
 
 
-def test_two_processes_stay_alike(photographs, tmp_path):
-    """Distributed data parallel: every process sees other crops, all end with the same weights."""
+GPUS = torch.cuda.device_count()
+
+
+@pytest.mark.parametrize(
+    ("device", "steps"),
+    [("cpu", 3), pytest.param("cuda", 24, marks=pytest.mark.skipif(GPUS < 2, reason="needs two GPUs"))],
+)
+def test_two_processes_stay_alike(photographs, tmp_path, device, steps):
+    """Distributed data parallel: every process sees other crops, all end with the same weights. On GPUs, steps are
+    captured, and again where crops become larger."""
     script = tmp_path / "train.py"
     script.write_text(TWO_PROCESSES)
     arguments = [
         "fit", "--config", str(CONFIGS / "smoke.yaml"), f"--data.root={photographs}",
         f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.devices=2", "--trainer.strategy=ddp",
-        "--trainer.max_steps=3", "--trainer.limit_val_batches=0", "--model.minutes=5",
+        f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0", "--model.minutes=5",
+        f"--trainer.accelerator={device}", "--data.late_crop=128", "--data.late_share=0.5",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=240, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-2000:]
     reports = [line for line in done.stdout.splitlines() if line.startswith("weights")]
-    assert len(reports) == 2 and reports[0] == reports[1] and reports[0].endswith("after 3")
+    assert len(reports) == 2 and reports[0] == reports[1] and reports[0].endswith(f"after {steps}")
     assert list(tmp_path.glob("smoke/version_0/checkpoints/final.ckpt"))
 
 
@@ -519,6 +612,29 @@ def test_captured_steps_lose_as_much_as_plain_ones(name, monkeypatch):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_steps_are_captured_anew_for_other_shapes(monkeypatch):
+    """Of two trainings on the same batches, with the same draws, one captured: the weights stay near each other."""
+    weights = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        codec = HyperpriorCodec(**SMALL["hyperprior"])
+        module = RateDistortion(codec, lr=1e-3, cuda_graph=captured, stratified=True).cuda()
+        monkeypatch.setattr(module, "manual_backward", lambda loss: loss.backward())
+        optimizer = module.configure_optimizers()
+        optimizer.optimizer = optimizer  # as Lightning wraps it
+        generator = torch.Generator("cuda").manual_seed(1)
+        losses = []
+        for step in range(60):
+            shape = (8, 3, 64, 64) if step < 30 else (2, 3, 128, 128)
+            crops = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda", generator=generator)
+            losses.append(module.run_step(module._backward, crops, [optimizer])[0].item())
+            optimizer.step()
+        weights.append(losses)
+    plain, replayed = (np.mean(np.reshape(losses, (6, 10)), 1) for losses in weights)
+    assert np.allclose(plain, replayed, rtol=0.25) and plain[-1] < plain[0] and replayed[-1] < replayed[0]
+
+
 # --------------------------------------------------------------------------------------------------------- crops
 
 
@@ -552,6 +668,57 @@ def test_crops_come_from_the_images():
     assert mirrored / 1280 == pytest.approx(0.5, abs=0.06)
     assert {(0, 0), (0, 60)} <= {(number, top) for number, top, _ in corners}
     assert {(1, 0), (1, 160)} <= {(number, left) for number, _, left in corners}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_crops_have_two_edges_and_are_transposed(share):
+    images = [labelled(0, 60, 100), labelled(1, 100, 60), labelled(2, 90, 90), labelled(3, 60, 60)]
+    crops = CropDataset(images, 64, (50, 80), torch.device("cpu"), 0, transposed=share)
+    turned: dict[int, list[bool]] = {0: [], 1: [], 2: []}
+    batch = next(iter(crops))
+    assert batch.shape == (64, 3, 50, 80)
+    for crop in batch.permute(0, 2, 3, 1).numpy():
+        number = int(crop[0, 0, 0])
+        turn = bool(crop[0, 0, 1] != crop[0, 1, 1])  # rows of the image lie beside each other
+        turned[number].append(turn)
+        along = 1 if turn else 2
+        crop = crop[:, ::-1] if crop[0, 0, along] > crop[0, 1, along] else crop
+        _, top, left = crop[0, 0].tolist()
+        tall, wide = (80, 50) if turn else (50, 80)
+        found = crop.transpose(1, 0, 2) if turn else crop
+        assert np.array_equal(found, images[number][top : top + tall, left : left + wide])
+    assert not any(turned[0]) and all(turned[1]) and turned[0] and turned[1]
+    assert (0 < sum(turned[2]) < len(turned[2])) == (share > 0)
+
+
+def test_larger_crops_come_late():
+    images = [labelled(0, 40, 40), labelled(1, 100, 60)]
+    done = 0.0
+    crops = CropDataset(
+        images, 12, 32, torch.device("cpu"), 0, later=[Stage(0.5, 3, (64, 60))], progress=lambda: done
+    )
+    batches = iter(crops)
+    assert next(batches).shape == (12, 3, 32, 32)
+    done = 0.49
+    assert {int(number) for number in next(batches)[:, 0].unique()} <= {0, 1}
+    done = 0.5
+    late = next(batches)
+    assert late.shape == (3, 3, 64, 60) and (late[:, 0] == 1).all()
+    with pytest.raises(MediaError, match="edges of at least 101 and 60"):
+        CropDataset(images, 1, 32, torch.device("cpu"), 0, later=[Stage(0.5, 1, (101, 60))])
+
+
+def test_late_batches_have_as_many_pixels(many, photographs):
+    data = ImageFolder(str(photographs), held_out=1, crop=256, late_crop=(320, 448), late_share=0.25, seen=2)
+    assert data.later == [Stage(0.75, 15, (320, 448))]
+    data.setup()
+    held_out, seen = data.val_dataloader()
+    assert len(held_out) == 1 and len(seen) == 2
+    with pytest.raises(UsageError, match="give an edge, or height and width"):
+        ImageFolder(str(many), late_crop=(1, 2, 3))
+    copies = ImageFolder(str(many), crop=8, held_out=0, copies=3)
+    copies.setup()
+    assert len(copies._train) == 4 * 20 and len({image.shape for image in copies._train[20:]}) > 5
 
 
 def test_crops_follow_the_seed():
