@@ -7,13 +7,15 @@ tokens, some -1 --embed--> [h, w, width] --blocks (convolution, attention, netwo
 A masked bidirectional transformer (Chang et al. 2022, "MaskGIT", sections 3.1 and 3.2) over the grid of tokens, as Mao
 et al. 2024 ("Extreme Image Compression using Fine-tuned VQGANs") propose for lost indices. It stands outside of what
 files mean: intact files decode without it, and what it makes up may differ in the last digit between machines.
+`Concealer.fill` gives tokens; `Concealer.estimate` the mean of what the codes stand for, which a decoder that was
+trained on codes alone takes as well and from which pictures are nearer to what was lost than from the likeliest codes.
 `nearest_fill` and `frequent_fill` do without a network.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 
 import torch
@@ -35,6 +37,9 @@ KERNEL = {1: (1, 9), 2: (5, 5)}
 """Extent of the convolutions that tell attention where tokens lie, by the axes of the grid."""
 
 ITERATIONS = 4
+
+Place = tuple[slice, slice, slice, slice]
+"""Part of [batch, planes, h, w]."""
 
 
 class Concealer(nn.Module):
@@ -87,8 +92,8 @@ class Concealer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.heads = nn.ModuleList([nn.Linear(width, width) for _ in range(planes)])
 
-    def features(self, tokens: Tensor, level: int) -> Tensor:
-        """What `logits` reads off.
+    def embed(self, tokens: Tensor, level: int) -> Tensor:
+        """What `body` works on.
 
         Args:
             tokens: int64 [batch, planes, h, w], -1 where one is lost.
@@ -102,19 +107,23 @@ class Concealer(nn.Module):
         for plane in range(tokens.shape[1]):
             known = F.embedding(tokens[:, plane].clamp(min=0), self.tables[first + plane])
             x = x + torch.where(tokens[:, plane, ..., None] < 0, self.erased[plane], known)
+        return x
+
+    def body(self, x: Tensor) -> Tensor:
+        """`embed`'s results of any levels, [batch, h, w, width] -> what `logits` reads off, of the same shape."""
         for block in self.blocks:
             x = block(x)
         result: Tensor = self.norm(x)
         return result
 
     def logits(self, features: Tensor, level: int, plane: int) -> Tensor:
-        """Unnormalised log-probabilities of the codes of a plane: [batch, h, w, K], for `features` of that level."""
+        """Unnormalised log-probabilities of the codes of a plane: [..., K], of features [..., width] of that level."""
         table = self._starts[level - 1] + plane
         return F.linear(self.heads[plane](features), self.tables[table], self.biases[table])
 
     def forward(self, tokens: Tensor, level: int) -> list[Tensor]:
         """Tokens [batch, planes, h, w] with -1 where they are lost -> `logits` of each plane."""
-        features = self.features(tokens, level)
+        features = self.body(self.embed(tokens, level))
         return [self.logits(features, level, plane) for plane in range(tokens.shape[1])]
 
     @torch.no_grad()
@@ -133,20 +142,60 @@ class Concealer(nn.Module):
         Raises:
             UsageError: there is no such level, or it has another number of codebooks.
         """
+        filled = self._batch(tokens, level).clone()
+        for seen, own, inner in self._windows(filled):
+            window = self._filled(filled[seen], level, iterations)
+            filled[own] = window[inner]
+        return filled.to(tokens.device).reshape(tokens.shape)
+
+    @torch.no_grad()
+    def estimate(self, tokens: Tensor, level: int, values: Tensor) -> Tensor:
+        """Estimates the latents of tokens of one codebook: those of tokens that are there, and of lost ones the mean of
+        what the codes stand for, each as likely as the network holds it to be in a single step.
+
+        Args:
+            tokens: int64 [1, h, w] or [batch, 1, h, w], -1 where one is lost.
+            level: quality level, from 1.
+            values: what the codes of the level stand for, [K, M].
+
+        Returns:
+            [M, h, w] or [batch, M, h, w], of the type and on the device of `values`.
+
+        Raises:
+            UsageError: there is no such level, or it has another number of codebooks than one.
+        """
+        batch = self._batch(tokens, level)
+        if batch.shape[1] != 1:
+            raise UsageError(f"level {level} has {batch.shape[1]} codebooks: use fill")
+        y = F.embedding(batch[:, 0].clamp(min=0).to(values.device), values)
+        for seen, own, inner in self._windows(batch):
+            features = self.body(self.embed(batch[seen], level))
+            lost = batch[own][:, 0] < 0
+            likely = self.logits(features[:, inner[2], inner[3]][lost], level, 0).softmax(-1)
+            y[:, own[2], own[3]][lost.to(y.device)] = (likely.to(values) @ values).to(values)
+        y = y.permute(0, 3, 1, 2)
+        return y if tokens.ndim == 4 else y[0]
+
+    def _batch(self, tokens: Tensor, level: int) -> Tensor:
+        """Tokens as [batch, planes, h, w] where the network is. Raises UsageError if they are not of the level."""
         if not 1 <= level <= len(self.vocabulary):
             raise UsageError(f"quality level {level} does not exist: choose 1 to {len(self.vocabulary)}")
         batch = tokens if tokens.ndim == 4 else tokens[None]
         if batch.ndim != 4 or batch.shape[1] != len(self.vocabulary[level - 1]):
             expected = len(self.vocabulary[level - 1])
             raise UsageError(f"tokens are {list(tokens.shape)}: give [{expected}, h, w] for level {level}")
-        filled = batch.to(self.level.device, copy=True)
-        spans = [_spans(size, most) for size, most in zip(batch.shape[2:], WINDOW[self.axes], strict=True)]
+        return batch.to(self.level.device)
+
+    def _windows(self, tokens: Tensor) -> Iterator[tuple[Place, Place, Place]]:
+        """The windows of [batch, planes, h, w] that have lost tokens to be filled: what they see, what they fill, and
+        where this is in what they see."""
+        every = slice(None)
+        spans = [_spans(size, most) for size, most in zip(tokens.shape[2:], WINDOW[self.axes], strict=True)]
         for (top, bottom, up, down), (left, right, before, behind) in product(*spans):
-            own = filled[..., up:down, before:behind]
-            if (own < 0).any():
-                window = self._filled(filled[..., top:bottom, left:right], level, iterations)
-                own.copy_(window[..., up - top : down - top, before - left : behind - left])
-        return filled.to(tokens.device).reshape(tokens.shape)
+            own = (every, every, slice(up, down), slice(before, behind))
+            if (tokens[own] < 0).any():
+                inner = (every, every, slice(up - top, down - top), slice(before - left, behind - left))
+                yield (every, every, slice(top, bottom), slice(left, right)), own, inner
 
     def _filled(self, window: Tensor, level: int, iterations: int) -> Tensor:
         """One window [batch, planes, h, w], filled."""
@@ -156,9 +205,8 @@ class Concealer(nn.Module):
             lost = (tokens[:, plane] < 0).flatten(1).sum(1)
             for step in range(steps):
                 erased = tokens[:, plane] < 0
-                sureness, codes = (
-                    self.logits(self.features(tokens, level), level, plane).log_softmax(-1).max(-1)
-                )
+                features = self.body(self.embed(tokens, level))
+                sureness, codes = self.logits(features, level, plane).log_softmax(-1).max(-1)
                 left = (lost * math.cos(math.pi / 2 * (step + 1) / steps)).long()
                 order = sureness.masked_fill(~erased, -torch.inf).flatten(1).argsort(1, descending=True)
                 rank = order.argsort(1).view(erased.shape)

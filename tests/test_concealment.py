@@ -111,6 +111,30 @@ def test_codebooks_that_levels_share_have_one_table(vocabulary, tables):
         )
 
 
+def test_estimates_are_means_of_codes():
+    torch.manual_seed(0)
+    concealer = Concealer([[8], [16]], 2, **SMALL)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(16, (1, 40, 35), generator=generator)
+    values = torch.randn(16, 3, generator=generator)
+    seen = tokens.masked_fill(torch.rand(tokens.shape, generator=generator) < 0.3, -1)
+    y, lost = concealer.estimate(seen, 2, values), seen[0] < 0
+    assert y.shape == (3, 40, 35)
+    assert torch.equal(y[:, ~lost], values[tokens[0][~lost]].T)
+    assert bool((y[:, lost] < values.max(0)[0][:, None]).all())
+    # Of a network that is sure, the mean is the likeliest code.
+    with torch.no_grad():
+        concealer.norm.weight.mul_(1e6)
+    sure = concealer.estimate(seen[:, :20, :20], 2, values)
+    assert torch.allclose(
+        sure, values[concealer.fill(seen[:, :20, :20], 2, iterations=1)[0]].permute(2, 0, 1)
+    )
+    batch = concealer.estimate(torch.stack([seen, tokens]), 2, values)
+    assert batch.shape == (2, 3, 40, 35) and torch.equal(batch[1], values[tokens[0]].permute(2, 0, 1))
+    with pytest.raises(UsageError, match="use fill"):
+        Concealer([[8, 8]], 2, **SMALL).estimate(torch.full((2, 4, 4), -1), 1, values)
+
+
 def test_any_grid_is_filled_window_by_window():
     concealer = Concealer([[16]], 1, **SMALL)
     seen = torch.randint(16, (1, 1, 700), generator=torch.Generator().manual_seed(0))
@@ -294,6 +318,29 @@ def test_on_the_command_line(token_checkpoints, scenery, tmp_path, monkeypatch, 
 # ---------------------------------------------------------------------------------------------------- training
 
 
+class AbsoluteDistance(torch.nn.Module):
+    """One term that has to be weighed."""
+
+    def forward(self, x_hat: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"absolute": (x_hat - x).abs().mean()}
+
+
+def test_pictures_of_estimates_teach_too(token_checkpoints):
+    """The error of what is decoded has a gradient for the concealer, and falls."""
+    path = str(token_checkpoints["image"])
+    module = ConcealmentTraining(path, AbsoluteDistance(), {"mse": 1.0, "absolute": 0.0}, **SMALL)
+    torch.manual_seed(0)
+    batch = torch.rand(2, 3, 32, 32).mul(255).byte()
+    terms = module.terms(batch)
+    assert set(terms) == {"tokens", "mse", "absolute"}
+    terms["mse"].backward()
+    assert float(module.concealer.tables[-1].grad.abs().max()) > 0
+    with pytest.raises(UsageError, match="differ in absolute"):
+        ConcealmentTraining(path, AbsoluteDistance(), {"mse": 1.0}, **SMALL).backward_of(batch)
+    with pytest.raises(UsageError, match="codebooks"):
+        ConcealmentTraining(str(token_checkpoints["audio"]), AbsoluteDistance(), **SMALL)
+
+
 @pytest.mark.parametrize(("planes", "height", "width"), [(1, 12, 10), (4, 1, 200)])
 def test_erasures_are_of_both_kinds(planes, height, width):
     torch.manual_seed(0)
@@ -316,7 +363,10 @@ def test_training_export_and_use(token_checkpoints, china, tmp_path, scenery):
     (folder / "a.jpg").write_bytes(china.read_bytes())
     (folder / "b.jpg").write_bytes(china.read_bytes())
     info = read_info(token_checkpoints["image"])
-    module = ConcealmentTraining(str(info.path), **SMALL, lr=3e-3, warmup_steps=1)
+    weights = {"mse": 10.0, "absolute": 1.0}
+    module = ConcealmentTraining(
+        str(info.path), AbsoluteDistance(), weights, **SMALL, lr=3e-3, warmup_steps=1
+    )
     assert module.concealer.level.requires_grad
     before = {name: value.clone() for name, value in module.codec.state_dict().items()}
     trainer = pl.Trainer(
@@ -331,8 +381,9 @@ def test_training_export_and_use(token_checkpoints, china, tmp_path, scenery):
         callbacks=[pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "run", save_top_k=0)],
     )
     trainer.fit(module, ImageFolder(str(folder), batch_size=2, crop=128, held_out=1))
-    assert math.isfinite(trainer.callback_metrics["loss"])
-    assert {"val/filled_1", "val/nearest_3", "val/filled"} <= trainer.callback_metrics.keys()
+    assert math.isfinite(trainer.callback_metrics["tokens"])
+    shown = {"mse", "absolute", "val/filled_right_1", "val/estimated_psnr_3", "val/nearest_absolute"}
+    assert shown <= trainer.callback_metrics.keys()
     after = module.codec.state_dict()
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert moved
@@ -341,6 +392,7 @@ def test_training_export_and_use(token_checkpoints, china, tmp_path, scenery):
     exporting.main(
         [str(run), "-o", str(tmp_path / "new-v2"), "--symbols-of", str(info.path), "--device", "cpu"]
     )
+    assert "AbsoluteDistance" in (tmp_path / "new-v2" / "CARD.md").read_text(encoding="utf-8")
     new = compand.load(tmp_path / "new-v2", device="cpu")
     assert (new.info.symbols, new.info.synthesis) == (info.symbols, info.synthesis)
     assert torch.allclose(new.concealer.level, module.concealer.level, atol=1e-3)
@@ -352,9 +404,14 @@ def test_training_export_and_use(token_checkpoints, china, tmp_path, scenery):
 def test_sounds_are_trained_alike(token_checkpoints):
     module = ConcealmentTraining(str(token_checkpoints["audio"]), **SMALL)
     batch = torch.randn(2, 1, 1, 4000) * 0.1
-    assert module.tokens_of(batch, 3).shape == (2, 3, 1, 125)
-    assert module.tokens_of(batch.repeat(1, 1, 1, 4), 1).shape == (2, 1, 1, 256)
-    module.loss(batch, 4).backward()
+    first, second = module.tokens_of(module.windowed(batch), range(3, 5))
+    assert (first.shape, second.shape) == ((1, 3, 1, 125), (1, 4, 1, 125))
+    alone = module.codec.bottleneck.quantise(
+        module.codec.transform.analysis(batch[1:], torch.tensor([4 * 32])), 4 * 32
+    )
+    assert float((second == alone).float().mean()) > 0.98  # all but ties that rounding decides
+    assert module.windowed(batch.repeat(1, 1, 1, 4)).shape == (2, 1, 1, 256 * 32)
+    module.terms(batch)["tokens"].backward()
     assert module.concealer.erased.grad is not None
     assert all(
         p.grad is None for name, p in module.codec.named_parameters() if not name.startswith("concealer.")

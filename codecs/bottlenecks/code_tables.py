@@ -17,6 +17,12 @@ from compand.errors import UsageError
 DISTANCES = ("euclidean", "cosine")
 UPDATES = ("ema", "gradient")
 
+STATISTICS_DECAY = 0.9
+"""Of the mean and deviation that the dimensions of a grid are normalised by. Latents move quickly just after a
+quantiser is put in; averages as slow as those of codes would lag behind."""
+
+LEAST_VARIANCE = 1e-10
+
 ITERATIONS = 12
 """Of k-means over vectors of a batch; training moves the codes on."""
 
@@ -265,7 +271,9 @@ class Codebooks(Table):
 class ScalarGrid(Table):
     """Finite scalar quantisation (Mentzer et al. 2023, section 3): each dimension is rounded to one of its levels.
 
-    Nothing is learned here: the projections around the grid are.
+    Nothing is learned by gradient here: the projections around the grid are. Dimensions are brought to zero mean and
+    unit deviation by moving averages before they are bounded. Latents that move faster than the projections would
+    otherwise leave the range where tanh has a slope, and never come back: every index would then be of a corner.
 
     Args:
         groups: vectors side by side.
@@ -277,6 +285,8 @@ class ScalarGrid(Table):
     """
 
     span: Tensor
+    mean: Tensor
+    deviation: Tensor
     offset: Tensor
     shift: Tensor
     centre: Tensor
@@ -302,12 +312,15 @@ class ScalarGrid(Table):
         }
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
+        self.register_buffer("mean", torch.zeros(groups, 1, len(levels)))
+        self.register_buffer("deviation", torch.ones(groups, 1, len(levels)))
 
-    def _bounded(self, vectors: Tensor) -> Tensor:
-        return torch.tanh(vectors + self.shift) * self.span - self.offset
+    def _bounded(self, normal: Tensor) -> Tensor:
+        return torch.tanh(normal + self.shift) * self.span - self.offset
 
     def nearest(self, vectors: Tensor) -> Tensor:
-        digits = torch.nan_to_num(self._bounded(vectors.detach())).round().long() + self.centre
+        bounded = self._bounded((vectors.detach() - self.mean) / self.deviation)
+        digits = torch.nan_to_num(bounded).round().long() + self.centre
         return (digits.clamp(min=0).minimum(self.counts - 1) * self.basis).sum(-1)
 
     def values(self, indices: Tensor) -> Tensor:
@@ -315,7 +328,10 @@ class ScalarGrid(Table):
         return (digits - self.centre) / self.centre.float()
 
     def straight(self, vectors: Tensor) -> Tensor:
-        return self._bounded(vectors) / self.centre
+        # By the batch's own statistics, through which the gradient goes too: else it would push latents as a whole,
+        # which the moving averages undo, so that they ran away.
+        variance, mean = torch.var_mean(vectors, 1, correction=0, keepdim=True)
+        return self._bounded((vectors - mean) * (variance + LEAST_VARIANCE).rsqrt()) / self.centre
 
     def distances(self, vectors: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return vectors.new_zeros(()), vectors.new_zeros(())
@@ -326,9 +342,26 @@ class ScalarGrid(Table):
         if distributed():
             dist.all_reduce(counts)
         self.usage.copy_(self._count(counts))
+        self._follow(vectors.detach(), weight, 1 - STATISTICS_DECAY)
+
+    def _follow(self, vectors: Tensor, weight: Tensor | None, share: float) -> None:
+        """Moves mean and deviation by a share of the way to those of [G, N, C]; an empty batch moves nothing."""
+        weight = vectors.new_ones(vectors.shape[1]) if weight is None else weight
+        total = weight.sum()
+        sums = torch.cat([weight @ vectors, weight @ vectors.square()], -1)
+        if distributed():
+            both = torch.cat([sums.flatten(), total[None]])
+            dist.all_reduce(both)
+            sums, total = both[:-1].view_as(sums), both[-1]
+        mean, square = (sums / total.clamp(min=1))[:, None].chunk(2, -1)
+        moved = share * (total > 0)
+        square = torch.lerp(self.deviation.square() + self.mean.square(), square, moved)
+        self.mean.lerp_(mean, moved)
+        self.deviation.copy_((square - self.mean.square()).clamp(min=LEAST_VARIANCE).sqrt())
 
     @torch.no_grad()
     def initialise(self, vectors: Tensor) -> None:
+        self._follow(vectors, None, 1.0)
         for group, indices in enumerate(self.nearest(vectors)):
             seen = torch.bincount(indices, minlength=self.size)
             self.usage[group].copy_(seen * self.size / indices.numel())
@@ -408,6 +441,15 @@ class Projection(nn.Module):
             directions = directions / energies.clamp(min=1e-8).sqrt()
         self.inward.copy_(directions)
         self.inward_bias.copy_(-mean @ directions)
+
+    @torch.no_grad()
+    def recentre(self, errors: Tensor) -> None:
+        """Moves the offset of `rows` some of the way to where errors [N, M], wanted less given, have no mean."""
+        mean = errors.detach().mean(0, keepdim=True)
+        if distributed():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        self.outward_bias.add_(self.split(mean), alpha=1 - STATISTICS_DECAY)
 
     @torch.no_grad()
     def fit_outward(self, rows: Tensor, values: Tensor) -> None:

@@ -40,6 +40,9 @@ CHUNK = 4096
 VECTORS_A_CODE = 32
 """Vectors for each code that a quantiser is initialised with, at most."""
 
+ENCODER_PARTS = ("usage", "inward", "inward_bias", "mean", "deviation")
+"""Last part of the names of what `Quantiser.decode` does not need."""
+
 NESTED_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -82,15 +85,21 @@ def _step(projection: Projection, table: Table, rows: Tensor, vectors: Tensor, d
     """
     indices = table.nearest(vectors)
     values = table.values(indices)
-    commitment, codebook = table.distances(vectors, values)
     handed = values if direct else values.detach()
     if projection.linear:
         straight = table.straight(vectors)
         handed = handed + (straight - straight.detach())
+    contribution = projection.rows(handed)
+    if isinstance(table, ScalarGrid):
+        # Grids have no place of their own in the space of rows: the maps around them are tied to it as codes would be.
+        nearby = projection.rows(values)
+        by_row = [(rows - nearby.detach()).square().mean(1), (rows.detach() - nearby).square().mean(1)]
+        projection.recentre(rows - nearby)
+        return _Step(indices, contribution, *by_row)
     # Zeros that fill up a group are not values that a code stands for.
     count = vectors.shape[0] * vectors.shape[2] if projection.linear else rows.shape[1]
-    by_row = [errors.expand(vectors.shape).sum((0, 2)) / count for errors in (commitment, codebook)]
-    return _Step(indices, projection.rows(handed), *by_row)
+    by_row = [errors.expand(vectors.shape).sum((0, 2)) / count for errors in table.distances(vectors, values)]
+    return _Step(indices, contribution, *by_row)
 
 
 class Layer(nn.Module):
@@ -149,9 +158,7 @@ class Quantiser(nn.Module, ABC):
     @property
     def encoder_parts(self) -> tuple[str, ...]:
         """Names of the parameters and buffers that `decode` does not need."""
-        return tuple(
-            name for name in self.state_dict() if name.split(".")[-1] in ("usage", "inward", "inward_bias")
-        )
+        return tuple(name for name in self.state_dict() if name.split(".")[-1] in ENCODER_PARTS)
 
     def forward(self, z: Tensor, depth: Tensor) -> Quantised:
         """Quantises each item to its own depth.

@@ -48,6 +48,7 @@ class TokenImageTransform(Transform):
         UsageError: the stages do not fold into each other, or do not end alike.
     """
 
+    one_analysis = True
     encoder_parts = ("analysis_",)
     coarse_parts = ("analysis_", "synthesis_")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from compand.codec import QUALITY_STEPS, Transform
@@ -51,6 +53,32 @@ class DecoderStage:
     depth: int
 
 
+class _LearningSnake(torch.autograd.Function):
+    """Snake with a gradient of few steps in the precision of x; what autograd makes of the formula passes over memory,
+    which bounds training, several times as often.
+
+    With u = sin(2 a x): dy/dx = 1 + u, and dy/d(log a) = x u - sin^2(a x) / a = x dy/dx - y.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log_slope: Tensor) -> Tensor:
+        slope = log_slope.exp()[:, None, None].to(x.dtype)
+        sine = torch.sin(slope * x)
+        y = torch.addcmul(x, sine, sine / slope)
+        ctx.save_for_backward(x, y, log_slope)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x, y, log_slope = ctx.saved_tensors
+        (of_y,) = gradients
+        twice = (2 * log_slope.exp())[:, None, None].to(x.dtype)
+        of_x = torch.addcmul(of_y, of_y, torch.sin(twice * x))
+        of_slope = torch.addcmul(of_x * x, of_y, y, value=-1)
+        return of_x, of_slope.sum((0, 2, 3), dtype=log_slope.dtype)
+
+
 class Snake(nn.Module):
     """x + sin^2(a x) / a with a slope a > 0 of each channel (Ziyin et al. 2020, "Neural networks fail to learn periodic
     functions and how to fix it", equation 3)."""
@@ -60,6 +88,9 @@ class Snake(nn.Module):
         self.log_slope = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.log_slope.requires_grad:
+            learned: Tensor = _LearningSnake.apply(x, self.log_slope)
+            return learned
         slope = self.log_slope.exp()[:, None, None].to(x.dtype)
         return x + torch.sin(slope * x).square() / slope
 
@@ -119,7 +150,9 @@ class NormalisedBlock(DepthwiseBlock):
         self.norm = ChannelNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.project(F.gelu(self.expand(self.norm(self.depthwise(x)))))
+        # On GPUs, kernels of one channel a group are made for channels one after another.
+        x_in = x.contiguous() if x.is_cuda else x
+        return x + self.project(F.gelu(self.expand(self.norm(self.depthwise(x_in)))))
 
 
 class Upsampling(nn.Module):
@@ -214,6 +247,7 @@ class WaveformTransform(Transform):
         UsageError: the factors do not divide the stride, or the windows do not fit.
     """
 
+    one_analysis = True
     encoder_parts = ("encoder.",)
     coarse_parts = ("encoder.", "decoder.")
 

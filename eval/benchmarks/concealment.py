@@ -5,11 +5,15 @@ Tokens of every picture are erased at random, or whole rows of them, as damaged 
 - nearest: the code of the nearest token that arrived;
 - frequent: the most frequent code of the picture's tokens that arrived;
 - frequent overall: the most frequent code of the level in training;
-- concealer: the checkpoint's masked transformer, as `compand decode --conceal` does.
+- concealer: the checkpoint's masked transformer, as `compand decode --conceal` does: the mean of what the codes stand
+  for, each as likely as it holds it to be;
+- concealer, codes: the codes that it holds to be likeliest, the surest first.
 
-A loss is what a fill costs against the undamaged tokens, on the same pictures: PSNR in dB, and distance in the features
-of a classifier trained in this repository (see `compand.train.perceptual`; no LPIPS, whose weights are not here). `of
-best simple` is the concealer's loss over that of the best of the other fills; the aim is at most a half, of both.
+Quality is that against the original: PSNR in dB, and distances in the features of networks trained in this repository
+(see `compand.train.perceptual`; no LPIPS, whose weights are not here). A loss is what a fill costs of it against the
+undamaged tokens, on the same pictures. `of best simple` is the concealer's loss over that of the best of the simple
+fills, by the mean over pictures; the aim is at most a half, of PSNR and of the features of `imagenette-classifier`.
+Codec and concealer were trained on these features too, not on those of `camvid-segmenter`, which are shown beside.
 `right` is the share of erased tokens that are filled with the code that was lost. Erasures are the same for all fills.
 """
 
@@ -26,21 +30,29 @@ import torch
 from torch import Tensor
 
 from compand.bottlenecks.codebook import CodebookBottleneck
-from compand.codec import Codec
+from compand.checkpoint import CheckpointInfo
+from compand.codec import QUALITY_STEPS, Codec
 from compand.concealment import ERASED, frequent_fill, nearest_fill
 from compand.errors import UsageError
 from compand.eval.benchmarks import program
-from compand.eval.items import find_items, load
+from compand.eval.benchmarks.crew import crew, processes, say
+from compand.eval.items import Item, find_items, load
 from compand.eval.provenance import markdown_table, provenance, write_results
 from compand.image_codec import ImageCodec
 from compand.pictures import Picture, psnr
 from compand.train.perceptual import ImageDistance
-from compand.weights import build, choose_device
+from compand.weights import build
 
 RATE = 0.2
 SHAPES = ("random", "rows")
-INTACT, CONCEALER = "intact", "concealer"
+INTACT, CONCEALER, CODES = "intact", "concealer", "concealer, codes"
 SIMPLE = ("nearest", "frequent", "frequent overall")
+
+DISTANCES = {"features": "imagenette-classifier", "other_features": "camvid-segmenter"}
+"""Distances of features, and the model that they are of."""
+
+AIMED = ("psnr", "features")
+"""Losses that are to be halved."""
 
 
 class Filled(NamedTuple):
@@ -52,7 +64,17 @@ class Filled(NamedTuple):
     fill: str
     psnr: float
     features: float
+    other_features: float
     right: float | None  # share of the erased tokens
+
+
+class Options(NamedTuple):
+    """What processes are told."""
+
+    codec: CheckpointInfo
+    levels: tuple[int, ...]
+    rate: float
+    device: str
 
 
 Fill = Callable[[Tensor, int], Tensor]
@@ -78,7 +100,7 @@ def fills(codec: Codec) -> dict[str, Fill]:
         "frequent overall": overall,
     }
     if codec.concealer is not None:
-        found[CONCEALER] = codec.concealer.fill
+        found[CODES] = codec.concealer.fill
     return found
 
 
@@ -105,35 +127,73 @@ def as_batch(picture: Picture, device: torch.device) -> Tensor:
     return pixels.to(device).float() / 255
 
 
-@torch.inference_mode()
-def conceal(
-    codec: ImageCodec,
-    name: str,
-    picture: Picture,
-    level: int,
-    rate: float,
-    seed: int,
-    distance: ImageDistance,
-) -> list[Filled]:
-    """All fills of a picture at a level, and the picture with nothing lost."""
-    original = as_batch(picture, codec.device)
-    tokens = torch.from_numpy(codec.quantise(picture, quality=level)).long()
-    size = (picture.height, picture.width)
+def codec_with_tokens(info: CheckpointInfo, device: str) -> ImageCodec:
+    """The codec of a checkpoint. Raises UsageError if it has no tokens of pictures."""
+    codec = build(info, device)
+    if not isinstance(codec, ImageCodec) or not codec.vocabulary:
+        raise UsageError(f"{info.name} has no tokens of pictures: choose a codec such as vqgan")
+    return codec
 
-    def row(shape: str, fill: str, filled: Tensor, lost: Tensor | None) -> Filled:
-        shown = codec.detokenize(filled, size=size, quality=level)
-        features = float(distance(as_batch(shown, codec.device), original)["perceptual"])
-        right = None
-        if lost is not None:
-            right = float((filled == tokens)[:, lost].double().mean())
-        return Filled(name, level, shape, fill, psnr(picture.pixels, shown.pixels), features, right)
 
-    rows = [row("", INTACT, tokens, None)]
-    for shape in SHAPES:
-        lost = erasure((tokens.shape[1], tokens.shape[2]), rate, shape, seed)
-        damaged = tokens.masked_fill(lost, ERASED)
-        rows += [row(shape, fill, of(damaged, level).cpu(), lost) for fill, of in fills(codec).items()]
-    return rows
+class Bench:
+    """Measures fills.
+
+    Args:
+        options: of the run.
+
+    Raises:
+        UsageError: the codec has no tokens of pictures.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.codec, self.options = codec_with_tokens(options.codec, options.device), options
+        self.distances = {
+            name: ImageDistance((model,)).eval().requires_grad_(False).to(self.codec.device)
+            for name, model in DISTANCES.items()
+        }
+
+    @torch.inference_mode()
+    def conceal(self, picture: Picture, name: str, level: int, seed: int) -> list[Filled]:
+        """All fills of a picture at a level, and the picture with nothing lost."""
+        codec = self.codec
+        original = as_batch(picture, codec.device)
+        wanted = {key: distance.features(original) for key, distance in self.distances.items()}
+        tokens = torch.from_numpy(codec.quantise(picture, quality=level)).long()
+
+        def row(shape: str, fill: str, latents: Tensor, right: float | None) -> Filled:
+            shown = codec.reconstruct(
+                latents,
+                height=picture.height,
+                width=picture.width,
+                channels=picture.pixels.shape[2],
+                quality=level,
+            )
+            batch = as_batch(shown, codec.device)
+            features = {
+                key: float(distance.between(batch, wanted[key])) for key, distance in self.distances.items()
+            }
+            distortion = psnr(picture.pixels, shown.pixels)
+            return Filled(name, level, shape, fill, distortion, **features, right=right)
+
+        rows = [row("", INTACT, codec.dequantise(tokens, quality=level), None)]
+        for shape in SHAPES:
+            lost = erasure((tokens.shape[1], tokens.shape[2]), self.options.rate, shape, seed)
+            damaged = tokens.masked_fill(lost, ERASED)
+            for fill, of in fills(codec).items():
+                filled = of(damaged, level).cpu()
+                right = float((filled == tokens)[:, lost].double().mean())
+                rows.append(row(shape, fill, codec.dequantise(filled, quality=level), right))
+            if codec.concealer is not None:
+                rows.append(row(shape, CONCEALER, codec.restore(damaged, level * QUALITY_STEPS), None))
+        return rows
+
+
+def measured(bench: Bench, task: tuple[int, Item]) -> list[Filled]:
+    """All fills of a picture at all levels; task: seed of the erasures, and the picture."""
+    seed, item = task
+    picture = load(item)
+    assert isinstance(picture, Picture)
+    return [row for level in bench.options.levels for row in bench.conceal(picture, item.name, level, seed)]
 
 
 def summary(rows: Sequence[Filled]) -> list[dict[str, Any]]:
@@ -145,20 +205,15 @@ def summary(rows: Sequence[Filled]) -> list[dict[str, Any]]:
             groups.setdefault((row.level, row.shape, row.fill), []).append(row)
     result: list[dict[str, Any]] = []
     for (level, shape, fill), own in groups.items():
-        result.append(
-            {
-                "level": level,
-                "shape": shape,
-                "fill": fill,
-                "psnr": fmean(row.psnr for row in own),
-                "psnr_loss": fmean(intact[row.item, level].psnr - row.psnr for row in own),
-                "features": fmean(row.features for row in own),
-                "features_loss": fmean(row.features - intact[row.item, level].features for row in own),
-                "right": fmean(row.right or 0.0 for row in own),
-            }
-        )
+        known = [row.right for row in own if row.right is not None]
+        entry = {"level": level, "shape": shape, "fill": fill, "right": fmean(known) if known else None}
+        for key, sign in (("psnr", -1), *((key, 1) for key in DISTANCES)):
+            entry[key] = fmean(getattr(row, key) for row in own)
+            costs = [getattr(row, key) - getattr(intact[row.item, level], key) for row in own]
+            entry[f"{key}_loss"] = sign * fmean(costs)
+        result.append(entry)
     for entry in result:
-        if entry["fill"] != CONCEALER:
+        if entry["fill"] in SIMPLE:
             continue
         beside = [
             other
@@ -166,7 +221,7 @@ def summary(rows: Sequence[Filled]) -> list[dict[str, Any]]:
             if (other["level"], other["shape"]) == (entry["level"], entry["shape"])
             and other["fill"] in SIMPLE
         ]
-        for key in ("psnr_loss", "features_loss"):
+        for key in ("psnr_loss", *(f"{key}_loss" for key in DISTANCES)):
             best = min(other[key] for other in beside)
             entry[f"{key}_ratio"] = entry[key] / best if best > 0 else None
     return result
@@ -175,27 +230,29 @@ def summary(rows: Sequence[Filled]) -> list[dict[str, Any]]:
 def table(entries: Sequence[dict[str, Any]]) -> str:
     """`summary` as Markdown."""
 
-    def ratio(entry: dict[str, Any], key: str) -> str:
-        value = entry.get(f"{key}_ratio")
-        return "" if value is None else f"{value:.2f}"
+    def cell(value: float | None, digits: int, factor: float = 1.0) -> str:
+        return "" if value is None else f"{factor * value:.{digits}f}"
 
+    columns = [("psnr", "PSNR, dB", 2), *((key, f"distance, {model}", 4) for key, model in DISTANCES.items())]
     return markdown_table(
         [
-            *("fill", "level", "erased", "PSNR, dB", "loss, dB", "of best simple"),
-            *("feature distance", "loss", "of best simple", "right, %"),
+            *("fill", "level", "erased"),
+            *(text for _, title, _ in columns for text in (title, "loss", "of best simple")),
+            "right, %",
         ],
         [
             [
-                entry["fill"],
-                str(entry["level"]),
-                entry["shape"],
-                f"{entry['psnr']:.2f}",
-                f"{entry['psnr_loss']:.2f}",
-                ratio(entry, "psnr_loss"),
-                f"{entry['features']:.4f}",
-                f"{entry['features_loss']:.4f}",
-                ratio(entry, "features_loss"),
-                f"{100 * entry['right']:.1f}",
+                *(entry["fill"], str(entry["level"]), entry["shape"]),
+                *(
+                    text
+                    for key, _, digits in columns
+                    for text in (
+                        cell(entry[key], digits),
+                        cell(entry[f"{key}_loss"], digits),
+                        cell(entry.get(f"{key}_loss_ratio"), 2),
+                    )
+                ),
+                cell(entry["right"], 1, 100),
             ]
             for entry in entries
         ],
@@ -207,7 +264,7 @@ def outcome(entries: Sequence[dict[str, Any]]) -> str:
     lines = []
     for shape in SHAPES:
         own = [e for e in entries if e["shape"] == shape and e["fill"] == CONCEALER]
-        ratios = [e.get(key) for e in own for key in ("psnr_loss_ratio", "features_loss_ratio")]
+        ratios = [e.get(f"{key}_loss_ratio") for e in own for key in AIMED]
         known = [value for value in ratios if value is not None]
         if not known:
             continue
@@ -228,28 +285,28 @@ def main(argv: list[str] | None = None) -> None:
     add("--rate", type=float, default=RATE, help="share of the tokens that is lost")
     add("--limit", type=int, help="take so many pictures alone")
     add("--device", default="auto", help="auto, cpu or cuda")
+    add("--jobs", type=int, help="processes; one a core, or one on a GPU, unless given")
     arguments = program.parse(parser, argv)
     if not 0 < arguments.rate < 1 or math.isnan(arguments.rate):
         raise UsageError(f"a rate of {arguments.rate} cannot be lost: give more than 0 and less than 1")
-    codec = build(arguments.codec, arguments.device)
-    if not isinstance(codec, ImageCodec) or not codec.vocabulary:
-        raise UsageError(f"{arguments.codec.name} has no tokens of pictures: choose a codec such as vqgan")
+    codec = codec_with_tokens(arguments.codec, "cpu")
+    levels = tuple(arguments.levels or range(1, codec.levels + 1))
+    options = Options(arguments.codec, levels, arguments.rate, arguments.device)
     items = program.spread(find_items(arguments.data, "image")[0], arguments.limit)
-    distance = ImageDistance().eval().requires_grad_(False).to(choose_device(arguments.device))
-    levels = arguments.levels or list(range(1, codec.levels + 1))
-    rows: list[Filled] = []
-    for seed, item in enumerate(items):
-        picture = load(item)
-        assert isinstance(picture, Picture)
-        for level in levels:
-            rows += conceal(codec, item.name, picture, level, arguments.rate, seed, distance)
+    tasks = list(enumerate(items))
+    found: dict[int, list[Filled]] = {}
+    with crew(Bench, options, processes(arguments.jobs, arguments.device)) as people:
+        for number, own in people.each(measured, tasks):
+            found[number] = own
+            say(f"{len(found)} of {len(items)} pictures")
+    rows = [row for number in sorted(found) for row in found[number]]
     entries = summary(rows)
     data = f"{len(items)} pictures of {arguments.data.name}"
     report = "\n\n".join(
         [
             "# Lost tokens",
             (__doc__ or "").strip(),
-            f"{arguments.codec.name}, {data}, {100 * arguments.rate:g} % erased. Distance: {distance.description}.",
+            f"{arguments.codec.name}, {data}, {100 * arguments.rate:g} % erased.",
             outcome(entries),
             table(entries),
         ]

@@ -52,7 +52,15 @@ from compand.errors import MediaError, UsageError
 from compand.eval import metrics
 from compand.eval.benchmarks import program
 from compand.eval.benchmarks.scores import judged, score
-from compand.eval.benchmarks.sharing import QueuedSteps, devices, on_devices, prepared
+from compand.eval.benchmarks.sharing import (
+    QueuedSteps,
+    devices,
+    moments,
+    on_devices,
+    prepared,
+    rate_factor,
+    restoring,
+)
 from compand.eval.items import load
 from compand.eval.perception.networks.audio import loudest
 from compand.eval.perception.tasks.keywords import Keywords
@@ -76,6 +84,12 @@ QUANTISERS: dict[str, dict[str, Any]] = {
 }
 """Arguments of `codebooks.build` by kind, besides the size of the codebooks."""
 
+TRUNK: dict[str, Any] = {
+    "encoder_stages": ((4, 64, ()), (4, 128, (1, 3)), (4, 192, (1, 3)), (5, 320, (1, 3))),
+    "decoder_stages": ((1, 320, 3), (2, 256, 3)),
+}
+"""Arguments of WaveformTransform unless others are given. Little is done at high rates, where memory bounds a step."""
+
 WEIGHTS = {"mel": 2.0, "stft": 1.0, "waveform": 0.1}
 """Of the terms of the distance, as the speech codecs are trained."""
 
@@ -87,6 +101,9 @@ SPEEDS = (1.0, 0.88, 0.94, 1.06, 1.13)
 
 SECONDS = 3.2
 """Excerpt in which a word is recognised."""
+
+PROBE_RATE = 2e-3
+"""Peak rate of the networks that recognise words."""
 
 SCORES = ("log_mel", "pesq")
 
@@ -183,7 +200,7 @@ class Run:
             lr=self._rate,
             betas=(0.8, 0.99),
             weight_decay=0.0,
-            foreach=device.type == "cuda",
+            fused=device.type == "cuda",
             capturable=device.type == "cuda",
         )
         variation = Variation(gain=(-9.0, 6.0), mixing=0.0, spatial=False)
@@ -214,7 +231,9 @@ class Run:
             for crops in next(self._crops).split(self.settings.batch):
                 if self.done:
                     return
-                self._rate.fill_(self.settings.lr * self._factor())
+                settings = self.settings
+                factor = rate_factor(self.step, settings.steps, settings.share, settings.final)
+                self._rate.fill_(settings.lr * factor)
                 self.steps.step(crops)
                 self.step += 1
 
@@ -229,7 +248,8 @@ class Run:
         return self.transform.synthesis(z_hat, self._quality(z_hat))
 
     def _queued(self) -> QueuedSteps:
-        return QueuedSteps(self.device, self._update, self._rate, self._forget)
+        forget = restoring(lambda: [*self.quantiser.state_dict().values(), *moments(self._adam)])
+        return QueuedSteps(self.device, self._update, self._rate, forget)
 
     def _begin(self) -> None:
         """Fits the quantiser to the latents; it takes part from now on."""
@@ -238,12 +258,6 @@ class Run:
         self.quantiser.initialise(torch.cat([self.latents(part) for part in crops.split(16)]))
         self._quantising = True
         self.steps = self._queued()
-
-    def _factor(self) -> float:
-        progress = self.step / self.settings.steps
-        cosine = (1 + math.cos(math.pi * progress)) / 2
-        warm = min((self.step + 1) / max(self.settings.share * self.settings.steps, 1), 1)
-        return warm * (self.settings.final + (1 - self.settings.final) * cosine)
 
     def _quality(self, x: Tensor) -> Tensor:
         return torch.full((len(x),), QUALITY_STEPS, device=x.device)
@@ -261,17 +275,12 @@ class Run:
         loss = torch.stack([weight * terms[name] for name, weight in WEIGHTS.items()]).sum()
         if quantised is not None:
             variance = z.detach().var().clamp(min=1e-6)
-            loss = loss + self.settings.commitment * quantised.losses["commitment"] / variance
+            tie = self.settings.commitment * quantised.losses["commitment"] + quantised.losses["codebook"]
+            loss = loss + tie / variance
         loss.backward()
         nn.utils.clip_grad_norm_(self._weights, self.settings.clip)
         self._adam.step()
         self.loss.copy_(loss.detach())
-
-    def _forget(self) -> None:
-        for state in self._adam.state.values():
-            for value in state.values():
-                value.zero_()
-        self._adam.zero_grad()
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
@@ -374,18 +383,29 @@ def recognised(
 ) -> float:
     """Accuracy of a `WordProbe` on test items; both: indices [items, planes, n] and words [items]."""
     (inputs, targets), (others, answers) = train, test
+    device = inputs.device
     torch.manual_seed(seed)
-    probe = WordProbe(inputs.shape[1], size, len(Keywords.labels)).to(inputs.device)
-    optimiser = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps + 1)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(inputs), (steps, 128), generator=generator).to(inputs.device)
-    for rows in chosen:
+    probe = WordProbe(inputs.shape[1], size, len(Keywords.labels)).to(device)
+    rate = torch.zeros((), device=device)
+    on_device = device.type == "cuda"
+    adam = torch.optim.AdamW(
+        probe.parameters(), lr=rate, weight_decay=0.05, fused=on_device, capturable=on_device
+    )
+
+    def update(rows: Tensor) -> None:
         loss = F.cross_entropy(probe(inputs[rows]), targets[rows], label_smoothing=0.1)
-        optimiser.zero_grad()
+        adam.zero_grad()
         loss.backward()
-        optimiser.step()
-        schedule.step()
+        adam.step()
+
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(inputs), (steps, 128), generator=generator).to(device)
+    queued = QueuedSteps(device, update, rate, restoring(lambda: [*probe.buffers(), *moments(adam)]))
+    with queued.queue():
+        for step, rows in enumerate(chosen):
+            rate.fill_(PROBE_RATE * rate_factor(step, steps, 0.3, 0.0))
+            queued.step(rows)
+    queued.wait()
     probe.eval()
     with torch.no_grad():
         return float((probe(others).argmax(1) == answers).double().mean())
@@ -468,9 +488,16 @@ Job = tuple[str, int]
 
 
 def work(
-    device: str, jobs: Iterator[Job], root: Path, settings: Settings, together: int, limit: int | None
+    device: str,
+    jobs: Iterator[Job],
+    root: Path,
+    settings: Settings,
+    together: int,
+    limit: int | None,
+    end: float,
 ) -> list[dict[str, Any]]:
-    """Trains the jobs on a device, `together` of them at a time, and measures them; see `measured`."""
+    """Trains the jobs on a device, `together` of them at a time, and measures them, until the clock (`time.time`) shows
+    `end`; see `measured`."""
     place = prepared(device)
     train, test = (recordings(root / split, limit) for split in ("train", "val"))
     probes = Probes.of(train, test)
@@ -479,22 +506,25 @@ def work(
     while True:
         while len(active) < together and (job := next(jobs, None)) is not None:
             active.append((Run(*job, train.sounds, settings, place), time.perf_counter()))
-        if not active:
+        if not active or time.time() > end:
             return outcomes
         for entry in list(active):
             run, start = entry
             run.advance()
-            if not run.done:
+            if not run.done or time.time() > end:
                 continue
             active.remove(entry)
             # Batches of many lengths come a few times each: kernels are not tried out for them.
+            run.steps.wait()
+            trained = time.perf_counter()
             with torch.backends.cudnn.flags(benchmark=False):
                 outcome = measured(run, train, test, probes)
-            outcome["seconds"] = round(time.perf_counter() - start, 1)
+            now = time.perf_counter()
+            outcome["seconds"] = round(now - start, 1)
             outcomes.append(outcome)
             print(
-                f"{run.kind} seed {run.seed}: loss {outcome['loss']:.3f}, "
-                f"latent error {outcome['latent_error']:.3f}, {outcome['seconds']:.0f} s",
+                f"{run.kind} seed {run.seed}: loss {outcome['loss']:.3f}, latent error "
+                f"{outcome['latent_error']:.3f}, {now - start:.0f} s, {now - trained:.0f} s of them measuring",
                 flush=True,
             )
 
@@ -624,33 +654,32 @@ def summary(runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], str]:
 
 
 def keep(runs: Sequence[dict[str, Any]], originals: Sequence[Int16Array], number: int, output: Path) -> None:
-    """Writes some of what was decoded beside the results, a file a quantiser, for `complete`."""
+    """Writes some of the recordings and what was decoded of them beside the results, a file a run, for `complete`."""
     chosen = program.spread(range(len(originals)), number)
-    for kind in dict.fromkeys(run["quantiser"] for run in runs):
-        arrays = {f"original {i}": originals[i][0] for i in chosen}
-        for run in runs:
-            if run["quantiser"] == kind:
-                arrays |= {f"seed {run['seed']} {i}": run["decoded"][i] for i in chosen}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(_kept(output, kind), **arrays)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(_kept(output), **{str(i): originals[i][0] for i in chosen})
+    for run in runs:
+        np.savez_compressed(_kept(output, run), **{str(i): run["decoded"][i] for i in chosen})
 
 
-def _kept(results: Path, kind: str) -> Path:
-    return results.with_name(f"{results.stem}_{kind}.npz")
+def _kept(results: Path, run: dict[str, Any] | None = None) -> Path:
+    """Where sounds of a run are kept, or the recordings themselves."""
+    name = "originals" if run is None else f"{run['quantiser']}_{run['seed']}"
+    return results.with_name(f"{results.stem}_{name}.npz")
 
 
 def complete(runs: Sequence[dict[str, Any]], path: Path, workers: int) -> None:
     """Adds the scores that runs of a former file lack, as far as they can be computed here, from what `keep` wrote."""
     for run in runs:
         missing = [name for name in computable() if name not in run["scores"]]
-        source = _kept(path, run["quantiser"])
-        if not missing or not source.is_file():
+        source, originals = _kept(path, run), _kept(path)
+        if not missing or not source.is_file() or not originals.is_file():
             continue
-        with np.load(source, allow_pickle=False) as arrays:
-            kept = [name for name in arrays.files if name.startswith(f"seed {run['seed']} ")]
-            pairs = [
-                (as_sound(arrays[f"original {name.split()[-1]}"]), as_sound(arrays[name])) for name in kept
-            ]
+        with (
+            np.load(source, allow_pickle=False) as arrays,
+            np.load(originals, allow_pickle=False) as references,
+        ):
+            pairs = [(as_sound(references[name]), as_sound(arrays[name])) for name in arrays.files]
         found = score(pairs, missing, workers)
         run["scores"] |= {name: [scores[name] for scores in found] for name in missing}
 
@@ -663,12 +692,18 @@ def main(argv: list[str] | None = None) -> None:
     add("--seeds", type=int, default=3)
     add("--steps", type=int, default=3000, help="steps of a run")
     add("--minutes", type=float, help="choose the steps so that all runs together take about this long")
+    add(
+        "--within",
+        type=float,
+        default=math.inf,
+        help="minutes after which runs that are not over are left out",
+    )
     add("--batch", type=int, default=32, help="crops a step")
     add("--crop", type=int, default=12800, help="samples of a crop, a multiple of the stride")
     add("--lr", type=float, default=8e-4, help="peak rate")
     add("--size", type=int, default=1024, choices=list(GRIDS), help="codes of a codebook")
     add("--probe-steps", type=int, default=300, help="steps of the networks that recognise words")
-    add("--trunk", type=json.loads, default={}, help="arguments of WaveformTransform, as JSON")
+    add("--trunk", type=json.loads, default=TRUNK, help="arguments of WaveformTransform, as JSON")
     add("--limit", type=int, help="take so many recordings of a split alone")
     add("--keep", type=int, default=0, help="keep so many decoded recordings a run beside the results")
     add("--devices", nargs="+", help="cpu, cuda:0 ...; all that there are unless given")
@@ -682,6 +717,7 @@ def main(argv: list[str] | None = None) -> None:
         complete(runs, arguments.tables_of, arguments.workers)
         _write(arguments, runs, former["results"]["settings"], former["provenance"])
         return
+    began = time.time()
     root = arguments.data
     if root is None:
         raise UsageError("there is nothing to learn from: give --data")
@@ -705,7 +741,10 @@ def main(argv: list[str] | None = None) -> None:
         settings = replace(settings, steps=max(round(60 * arguments.minutes / (rounds * seconds)), CHUNK))
         print(f"{1000 * seconds:.1f} ms a step: {settings.steps} steps a run", flush=True)
     start = time.perf_counter()
-    runs = on_devices(work, places, jobs, root, settings, arguments.together, arguments.limit)
+    end = began + 60 * arguments.within
+    runs = on_devices(work, places, jobs, root, settings, arguments.together, arguments.limit, end)
+    if not runs:
+        raise UsageError(f"no run was over within {arguments.within:g} minutes: give more, or fewer --steps")
     print(f"{len(runs)} runs in {time.perf_counter() - start:.0f} s", flush=True)
     test = recordings(root / "val", arguments.limit)
     if arguments.keep:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,13 +38,29 @@ def _alone() -> None:
     torch.set_num_threads(1)
 
 
-def score(pairs: Sequence[tuple[Signal, Signal]], names: Sequence[str], workers: int = 1) -> list[Scores]:
-    """Metrics of pairs of an original and what was decoded, by so many processes."""
+Mapper = Callable[..., Iterator[Any]]
+"""Called as the built-in `map`; functions are those of a module, what they are given and give can be pickled."""
+
+
+@contextmanager
+def mapper(workers: int) -> Iterator[Mapper]:
+    """`map` by so many processes of one thread each, which stay for the length of the block."""
     if workers < 2:
-        return [_scores(original, decoded, names) for original, decoded in pairs]
+        yield map
+        return
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_alone) as pool:
-        originals, decoded = zip(*pairs, strict=True)
-        return list(pool.map(_scores, originals, decoded, [names] * len(pairs), chunksize=8))
+        yield partial(pool.map, chunksize=4)
+
+
+def score(
+    pairs: Sequence[tuple[Signal, Signal]], names: Sequence[str], workers: int | Mapper = 1
+) -> list[Scores]:
+    """Metrics of pairs of an original and what was decoded, by so many processes or by a `mapper`."""
+    if isinstance(workers, int):
+        with mapper(workers) as mapped:
+            return score(pairs, names, mapped)
+    originals, decoded = zip(*pairs, strict=True)
+    return list(workers(_scores, originals, decoded, [names] * len(pairs)))
 
 
 def judged(lists: Sequence[Sequence[float | None]]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -77,6 +78,32 @@ class QueuedSteps:
         with torch.cuda.graph(self._graph, stream=self._stream):
             self._update(*self._static)
         self.rate.copy_(rate)
+
+
+def restoring(states: Callable[[], Sequence[Tensor]]) -> Callable[[], None]:
+    """What sets tensors back to what they are now; those that do not exist yet to zero.
+
+    Args:
+        states: gives the tensors that a step changes whatever its rate. New ones come behind those of before.
+    """
+    kept = [tensor.clone() for tensor in states()]
+
+    def restore() -> None:
+        for place, tensor in enumerate(states()):
+            tensor.data.copy_(kept[place]) if place < len(kept) else tensor.data.zero_()
+
+    return restore
+
+
+def moments(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+    """The state of an optimiser."""
+    return [value for state in optimiser.state.values() for value in state.values()]
+
+
+def rate_factor(step: int, steps: int, warming: float, final: float) -> float:
+    """The share of the peak rate: linear warm-up in so much of the steps, under a cosine that ends at `final`."""
+    cosine = (1 + math.cos(math.pi * step / steps)) / 2
+    return min((step + 1) / max(warming * steps, 1), 1) * (final + (1 - final) * cosine)
 
 
 Work = Callable[..., list[Any]]

@@ -2,11 +2,12 @@
 
 Two sets: recordings of spoken keywords, and excerpts of audio books (LibriVox), all at 16 kHz and mono. Ours is coded
 at the best level whose whole files, headers and checksums included, stay within each target, in bits over seconds of
-the whole set. Opus is coded at the lowest setting of libsndfile whose payload, without Ogg pages and headers, has at
-least the rate of its target; where its lowest setting has more already, at that one. Both rates, of files and of
-payload, stand beside each other; the payload of ours are the indices.
+the whole set. Opus is coded at the lowest setting of libsndfile (to 2 %) whose payload, without Ogg pages and headers,
+has at least the rate of its target; where its lowest setting has more already, at that one. Both rates, of files and
+of payload, stand beside each other; the payload of ours are the indices.
 
-PESQ is wide-band, ViSQOL in speech mode; keyword accuracy is that of the reference classifier on what was decoded.
+PESQ is wide-band, ViSQOL in speech mode, on some of the recordings alone where there are many, for it takes long;
+keyword accuracy is that of the reference classifier on what was decoded. Encoding and decoding are timed on one thread.
 Differences are of ours minus Opus on the same recordings, with the 95 % interval of a bootstrap over recordings. The
 aim is PESQ and STOI at or above those of Opus at 6 and 8 kbps with ours at 3.2 and 6 kbps. Opus works at 48 kHz inside;
 what it decodes is aligned and of the same length.
@@ -14,8 +15,10 @@ what it decodes is aligned and of the same length.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -31,7 +34,7 @@ from compand.eval import metrics
 from compand.eval.anchors.audio import ANCHORS
 from compand.eval.benchmarks import program
 from compand.eval.benchmarks.index_coding import token_codec
-from compand.eval.benchmarks.scores import Difference, difference, judged, score
+from compand.eval.benchmarks.scores import Difference, Mapper, difference, judged, mapper, score
 from compand.eval.items import load
 from compand.eval.perception.models import load_model
 from compand.eval.perception.task import TaskItem
@@ -48,9 +51,16 @@ BOOKS = ("198-209*", "3436-172162*")
 """Patterns of the shell of the excerpts of audio books."""
 
 KEYWORDS, LIBRIVOX = "keywords", "LibriVox"
+OPUS = "opus"
 METRICS = ("pesq", "stoi", "visqol")
-HALVINGS = 9
-"""Of the range of settings in which Opus's is sought."""
+LOOKED_AT = 16
+"""Recordings by which settings are first sought."""
+
+HALVINGS = 8
+"""Of the range of settings in which Opus's is sought on these."""
+
+STEP = 0.02
+"""By which share the setting of Opus that these want is changed until it is the lowest for the whole set."""
 
 
 class Trial(NamedTuple):
@@ -69,9 +79,9 @@ class Trial(NamedTuple):
 
 
 class Coded(NamedTuple):
-    """The files of a set."""
+    """A recording as a file."""
 
-    files: list[bytes]
+    file: bytes
     payload: int  # bytes
     seconds: float  # that encoding took
 
@@ -81,86 +91,137 @@ def kbps(size: int, sounds: Sequence[Sound]) -> float:
     return 8e-3 * size / sum(sound.seconds for sound in sounds)
 
 
-def ours(codec: Codec, sounds: Sequence[Sound], target: float) -> tuple[int, Coded]:
-    """The best level within a target, and its files; the lowest level where none is."""
-    result = _coded(codec, sounds, 1)
-    level = 1
-    for higher in range(2, codec.levels + 1):
-        more = _coded(codec, sounds, higher)
-        if kbps(sum(map(len, more.files)), sounds) > target:
-            break
-        level, result = higher, more
-    return level, result
+@cache
+def _codec(name: str) -> Codec:
+    return token_codec(checkpoint.find(name))
 
 
-def _coded(codec: Codec, sounds: Sequence[Sound], level: int) -> Coded:
+def _ours_coded(name: str, sound: Sound, setting: float) -> Coded:
+    codec, level = _codec(name), int(setting)
     bottleneck = codec.bottleneck
     assert isinstance(bottleneck, CodebookBottleneck)
     start = time.perf_counter()
-    files = [codec.encode(sound, quality=level) for sound in sounds]
+    data = codec.encode(sound, quality=level)
     seconds = time.perf_counter() - start
-    payload = 0
-    for data in files:
-        tokens = codec.tokens(data)
-        grids = tokens.reshape(-1, len(codec.level_vocabulary(level)), 1, tokens.shape[-1])
-        payload += sum(len(bottleneck.compress_indices(grid, level * QUALITY_STEPS)) for grid in grids)
-    return Coded(files, payload, seconds)
+    tokens = codec.tokens(data)
+    grids = tokens.reshape(-1, len(codec.level_vocabulary(level)), 1, tokens.shape[-1])
+    payload = sum(len(bottleneck.compress_indices(grid, level * QUALITY_STEPS)) for grid in grids)
+    return Coded(data, payload, seconds)
 
 
-def rival(sounds: Sequence[Sound], target: float) -> tuple[float, Coded]:
-    """The lowest setting of Opus whose payload has at least the target's rate, and its files."""
-    subject = ANCHORS["opus"]()
+def _opus_coded(_: str, sound: Sound, setting: float) -> Coded:
+    subject = ANCHORS[OPUS]()
+    start = time.perf_counter()
+    data = subject.encode(sound, setting)
+    return Coded(data, len(data) - subject.overhead(data), time.perf_counter() - start)
 
-    def coded(setting: float) -> Coded:
-        start = time.perf_counter()
-        files = [subject.encode(sound, setting) for sound in sounds]
-        payload = sum(len(data) - subject.overhead(data) for data in files)
-        return Coded(files, payload, time.perf_counter() - start)
 
-    low, high = subject.lowest, 4 * target + subject.lowest
-    result = coded(low)
-    if kbps(result.payload, sounds) >= target:
-        return low, result
-    setting, result = high, coded(high)
+def _decoded(name: str, data: bytes) -> tuple[Sound, float]:
+    """A recording and the seconds that decoding took."""
+    codec: Any = ANCHORS[OPUS]() if name == OPUS else _codec(name)
+    start = time.perf_counter()
+    sound = codec.decode(data)
+    seconds = time.perf_counter() - start
+    return Sound(sound.samples.clip(-1, 1), sound.rate), seconds
+
+
+class Encoder:
+    """Codes a set at the settings that are asked for, at each once.
+
+    Args:
+        name: of the codec: a checkpoint's name or folder, or OPUS.
+        sounds: the set.
+        mapped: see `scores.mapper`.
+    """
+
+    def __init__(self, name: str, sounds: Sequence[Sound], mapped: Mapper) -> None:
+        self.name, self.sounds, self.mapped = name, list(sounds), mapped
+        self._found: dict[tuple[float, bool], list[Coded]] = {}
+
+    def coded(self, setting: float, some: bool = False) -> list[Coded]:
+        """The set, or some of it, at a setting."""
+        some = some and len(self.sounds) > LOOKED_AT
+        if (setting, some) not in self._found:
+            work = _opus_coded if self.name == OPUS else _ours_coded
+            sounds = self._chosen(some)
+            number = len(sounds)
+            self._found[setting, some] = list(
+                self.mapped(work, [self.name] * number, sounds, [setting] * number)
+            )
+            if not some:
+                note(f"{Path(self.name).name} at {setting:g}: {self.files(setting):.2f} kbps of files")
+        return self._found[setting, some]
+
+    def files(self, setting: float, some: bool = False) -> float:
+        """Kilobits a second of whole files."""
+        return kbps(sum(len(each.file) for each in self.coded(setting, some)), self._chosen(some))
+
+    def payload(self, setting: float, some: bool = False) -> float:
+        """Kilobits a second of payload."""
+        return kbps(sum(each.payload for each in self.coded(setting, some)), self._chosen(some))
+
+    def _chosen(self, some: bool) -> list[Sound]:
+        return program.spread(self.sounds, LOOKED_AT) if some else self.sounds
+
+
+def ours(encoder: Encoder, levels: int, target: float) -> int:
+    """The best of some levels within a target; the lowest where none is."""
+    low, high = 1, levels
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if encoder.files(middle, True) <= target else (low, middle - 1)
+    while low < levels and encoder.files(low + 1) <= target:
+        low += 1
+    while low > 1 and encoder.files(low) > target:
+        low -= 1
+    return low
+
+
+def rival(encoder: Encoder, target: float) -> float:
+    """The setting of Opus whose payload has the target's rate, or a little more; the lowest where that has more."""
+    lowest = ANCHORS[OPUS].lowest
+    if encoder.payload(lowest, True) > target and encoder.payload(lowest) >= target:
+        return lowest
+    low, high = lowest, 4 * target + lowest
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        tried = coded(middle)
-        if kbps(tried.payload, sounds) >= target:
-            high = setting = middle
-            result = tried
-        else:
-            low = middle
-    return setting, result
+        low, high = (low, middle) if encoder.payload(middle, True) >= target else (middle, high)
+    # A frame has a whole number of bytes: the rate rises in steps, about which the few and all agree nearly.
+    while encoder.payload(high) < target:
+        high *= 1 + STEP
+    while high > lowest and encoder.payload(below := max(high / (1 + STEP), lowest)) >= target:
+        high = below
+    return high
 
 
 def trial(
-    name: str,
-    sounds: Sequence[Sound],
+    encoder: Encoder,
+    setting: float,
     words: Sequence[TaskItem],
-    codec: Any,
-    found: tuple[float, Coded],
     place: tuple[str, float],
     names: Sequence[str],
-    workers: int,
+    judged_by_visqol: int,
 ) -> Trial:
-    """Decodes and measures the files of a set.
+    """Decodes and measures a set at a setting.
 
     Args:
-        name: of the codec.
-        sounds: the originals.
-        words: what is said in them; none if that is not judged.
-        codec: what decodes.
-        found: setting and files.
+        encoder: of the set.
+        setting: level or setting.
+        words: what is said in the recordings; none if that is not judged.
         place: name of the set and target.
         names: of the metrics.
-        workers: processes that measure.
+        judged_by_visqol: recordings that ViSQOL judges, at most.
     """
-    setting, made = found
-    start = time.perf_counter()
-    decoded = [codec.decode(data) for data in made.files]
-    seconds = time.perf_counter() - start
-    heard = [Sound(sound.samples.clip(-1, 1), sound.rate) for sound in decoded]
-    scores = score(list(zip(sounds, heard, strict=True)), names, workers)
+    sounds, made = encoder.sounds, encoder.coded(setting)
+    outcomes = list(encoder.mapped(_decoded, [encoder.name] * len(made), [each.file for each in made]))
+    heard = [sound for sound, _ in outcomes]
+    found: dict[str, list[float | None]] = {name: [None] * len(sounds) for name in names}
+    some = program.spread(range(len(sounds)), judged_by_visqol)
+    for metric in names:
+        chosen = some if metric == "visqol" else list(range(len(sounds)))
+        values = score([(sounds[i], heard[i]) for i in chosen], [metric], encoder.mapped)
+        for i, value in zip(chosen, values, strict=True):
+            found[metric][i] = value[metric]
     correct = []
     if words:
         task, model = Keywords(Path()), load_model(Keywords.default_model)
@@ -169,12 +230,12 @@ def trial(
         ]
     total = sum(sound.seconds for sound in sounds)
     return Trial(
-        *(place[0], name, place[1], setting),
-        kbps(sum(map(len, made.files)), sounds),
-        kbps(made.payload, sounds),
-        total / made.seconds,
-        total / seconds,
-        {metric: [each[metric] for each in scores] for metric in names},
+        *(place[0], Path(encoder.name).name, place[1], setting),
+        encoder.files(setting),
+        encoder.payload(setting),
+        total / sum(each.seconds for each in made),
+        total / sum(seconds for _, seconds in outcomes),
+        found,
         correct,
     )
 
@@ -206,10 +267,10 @@ def verdicts(trials: Sequence[Trial], names: Sequence[str]) -> list[dict[str, An
     """Ours against Opus, by set, checkpoint and target."""
     rows = []
     for mine in trials:
-        if mine.codec == "opus":
+        if mine.codec == OPUS:
             continue
         other = dict(TARGETS)[mine.target]
-        theirs = next(t for t in trials if (t.set, t.codec, t.target) == (mine.set, "opus", other))
+        theirs = next(t for t in trials if (t.set, t.codec, t.target) == (mine.set, OPUS, other))
         differences: dict[str, Difference | None] = {
             name: difference(mine.scores[name], theirs.scores[name]) for name in names
         }
@@ -302,53 +363,66 @@ def main(argv: list[str] | None = None) -> None:
     add("--codecs", nargs="+", default=["speech-rvq"], help="checkpoints: names or folders")
     add("--limit", type=int, help="take so many keywords alone")
     add("--metrics", nargs="+", default=list(METRICS), choices=METRICS)
-    add("--workers", type=int, default=1, help="processes that measure what was decoded")
+    add("--visqol-items", type=int, default=24, help="recordings of a set that ViSQOL judges, at most")
+    add("--workers", type=int, default=2, help="processes that code and measure")
     arguments = program.parse(parser, argv)
     chosen, notices = metrics.for_medium("audio", arguments.metrics)
     names = [metric.name for metric in chosen]
     infos = [checkpoint.find(name) for name in arguments.codecs]
-    codecs = {info.name: token_codec(info) for info in infos}
-    for name, codec in codecs.items():
+    levels = {}
+    for info in infos:
+        codec = token_codec(info)
         if not isinstance(codec, AudioCodec):
-            raise UsageError(f"{name} codes pictures: choose an audio codec")
+            raise UsageError(f"{info.name} codes pictures: choose an audio codec")
+        levels[str(info.path)] = codec.levels
     found = sets(arguments.data, arguments.limit)
-    opus = ANCHORS["opus"]()
-    trials: list[Trial] = []
-    for kind, (sounds, words) in found.items():
-        for target, other in TARGETS:
-            for name, codec in codecs.items():
-                level, made = ours(codec, sounds, target)
-                given = (float(level), made)
-                trials.append(
-                    trial(name, sounds, words, codec, given, (kind, target), names, arguments.workers)
-                )
-            setting = rival(sounds, other)
-            trials.append(
-                trial("opus", sounds, words, opus, setting, (kind, other), names, arguments.workers)
-            )
-    judgements = verdicts(trials, names)
-    report = "\n\n".join(
-        [
-            "# Speech against Opus",
-            (__doc__ or "").strip(),
-            "\n".join(
-                f"- {kind}: {len(sounds)} recordings, {sum(sound.seconds for sound in sounds):.0f} s"
-                for kind, (sounds, _) in found.items()
-            ),
-            render(trials, judgements, names, notices),
-        ]
-    )
-    results = {
-        "checkpoints": {
-            info.name: {"symbols": info.symbols.hex(), "weights": info.weights.hex()} for info in infos
-        },
-        "opus": opus.settings_note,
-        "verdicts": judgements,
-        "trials": [t._asdict() for t in trials],
-    }
     data = ", ".join(f"{len(sounds)} recordings of {kind}" for kind, (sounds, _) in found.items())
-    write_results(arguments.output, results, provenance(data), report=report + "\n", force=arguments.force)
+    if "visqol" in names:
+        notices = [*notices, f"ViSQOL: at most {arguments.visqol_items} recordings of each set."]
+    trials: list[Trial] = []
+    with mapper(arguments.workers) as mapped:
+        # The smaller sets first, so that there is something to look at soon.
+        for kind, (sounds, words) in sorted(found.items(), key=lambda entry: len(entry[1][0])):
+            encoders = {name: Encoder(name, sounds, mapped) for name in (OPUS, *levels)}
+            for target, other in TARGETS:
+                for name, encoder in encoders.items():
+                    asked = other if name == OPUS else target
+                    setting = (
+                        rival(encoder, asked) if name == OPUS else float(ours(encoder, levels[name], asked))
+                    )
+                    trials.append(
+                        trial(encoder, setting, words, (kind, asked), names, arguments.visqol_items)
+                    )
+                    note(f"{kind}, {trials[-1].codec} at {asked:g} kbps: measured")
+                judgements = verdicts(trials, names)
+                results = {
+                    "checkpoints": {
+                        info.name: {"symbols": info.symbols.hex(), "weights": info.weights.hex()}
+                        for info in infos
+                    },
+                    "opus": ANCHORS[OPUS]().settings_note,
+                    "verdicts": judgements,
+                    "trials": [t._asdict() for t in trials],
+                }
+                report = "\n\n".join(
+                    [
+                        "# Speech against Opus",
+                        (__doc__ or "").strip(),
+                        "\n".join(
+                            f"- {name}: {len(heard)} recordings, {sum(sound.seconds for sound in heard):.0f} s"
+                            for name, (heard, _) in found.items()
+                        ),
+                        render(trials, judgements, names, notices),
+                    ]
+                )
+                # After each target, so that what there is survives an interruption.
+                write_results(arguments.output, results, provenance(data), report=report + "\n", force=True)
     print(report)
+
+
+def note(text: str) -> None:
+    """Tells how far the program is."""
+    print(f"speech_codecs: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from compand.weights import check_new, choose_device
 
 NETWORKS = {
     "residual-classifier": "compand.eval.perception.networks.vision:ResidualClassifier",
+    "plain-classifier": "compand.eval.perception.networks.vision:PlainClassifier",
     "pyramid-segmenter": "compand.eval.perception.networks.vision:PyramidSegmenter",
     "sound-classifier": "compand.eval.perception.networks.audio:SoundClassifier",
     "separator": "compand.eval.perception.networks.audio:Separator",

@@ -15,7 +15,12 @@ from sklearn.metrics import jaccard_score
 from compand.errors import MediaError, UsageError
 from compand.eval.perception import models
 from compand.eval.perception.models import TaskNetwork
-from compand.eval.perception.networks.vision import PyramidSegmenter, ResidualBlock, ResidualClassifier
+from compand.eval.perception.networks.vision import (
+    PlainClassifier,
+    PyramidSegmenter,
+    ResidualBlock,
+    ResidualClassifier,
+)
 from compand.eval.perception.task import KINDS
 from compand.eval.perception.tasks import camvid
 from compand.eval.perception.tasks.camvid import CLASSES, CamVid, confusion, mean_iou
@@ -196,7 +201,7 @@ def test_foreign_label_sets_map_into_ours():
 # -------------------------------------------------------------------------------------------------------- networks
 
 
-@pytest.mark.parametrize("network", [ResidualClassifier(10), PyramidSegmenter(11)])
+@pytest.mark.parametrize("network", [ResidualClassifier(10), PlainClassifier(10), PyramidSegmenter(11)])
 def test_networks_as_shipped_are_small(network):
     assert 1e6 < sum(p.numel() for p in network.parameters()) < 4e6 and network.kind in KINDS
 
@@ -206,8 +211,9 @@ def test_networks_take_any_size(size):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     with torch.inference_mode():
         logits = ResidualClassifier(10, **SMALL).eval().predict(pixels)
+        plain = PlainClassifier(10, (4, 6, 8)).eval().predict(pixels)
         classes = PyramidSegmenter(11, **SMALL, pyramid=8).eval().predict(pixels)
-    assert logits.shape == (10,) and logits.dtype == np.float32
+    assert logits.shape == plain.shape == (10,) and logits.dtype == plain.dtype == np.float32
     assert classes.shape == size and classes.min() >= 0 and classes.max() < 11
 
 
@@ -215,6 +221,7 @@ def test_networks_take_any_size(size):
     ("network", "task"),
     [
         (ResidualClassifier(10, **SMALL, drop_path=0.5, dropout=0.5), Imagenette),
+        (PlainClassifier(10, (4, 6, 8), dropout=0.5), Imagenette),
         (PyramidSegmenter(11, **SMALL, pyramid=8, drop_path=0.5), CamVid),
     ],
 )

@@ -188,6 +188,23 @@ def test_snake_is_what_its_paper_says():
         snake.log_slope.copy_(torch.tensor([-1.0, 0.0, 2.0]))
     slope = snake.log_slope.exp()[:, None, None]
     assert torch.allclose(snake(x), x + torch.sin(slope * x) ** 2 / slope, atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(snake(x), x + torch.sin(slope * x) ** 2 / slope, atol=1e-6)
+
+
+def test_snake_learns_by_its_gradient():
+    snake = Snake(3).double()
+    with torch.no_grad():
+        snake.log_slope.copy_(torch.tensor([-1.0, 0.0, 2.0]))
+    x = torch.randn(2, 3, 1, 5, dtype=torch.float64, requires_grad=True)
+
+    def output(x: torch.Tensor, log_slope: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(snake, {"log_slope": log_slope}, x)
+
+    assert torch.autograd.gradcheck(output, (x, snake.log_slope))
+    half = x.detach().bfloat16().requires_grad_()
+    Snake(3)(half).sum().backward()
+    assert half.grad is not None and half.grad.dtype == torch.bfloat16
 
 
 def test_factors_have_to_divide_the_stride():

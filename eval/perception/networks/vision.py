@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,53 @@ class ResidualClassifier(TaskNetwork):
     def forward(self, x: Tensor) -> Tensor:
         """x: [batch, 3, h, w] in [0, 1]. Returns logits [batch, classes]."""
         return self.head(self.dropout(self.encoder(x)[-1].mean((2, 3))))
+
+    def predict(self, signal: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """signal: RGB pixels [h, w, 3] of any size, seen whole. Returns logits [classes]."""
+        return self(as_batch(signal, self.head.weight.device))[0].float().cpu().numpy()
+
+
+class PlainClassifier(TaskNetwork):
+    """Convolutions and poolings alone (Simonyan and Zisserman 2015, with batch norm), mean over the picture, linear
+    layer.
+
+    A second opinion: without shortcuts, gates and strided convolutions it shares no structure with
+    `ResidualClassifier`, on whose features codecs here are trained.
+
+    Args:
+        classes: number of classes.
+        widths: channels of the stages, each of two convolutions and, but for the last, a pooling by two.
+        dropout: probability with which a feature is left out in training.
+
+    Attributes:
+        architecture: those of these arguments that a trained network depends on.
+    """
+
+    kind = "image-classifier"
+
+    def __init__(
+        self, classes: int, widths: Sequence[int] = (32, 64, 128, 192, 256), dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.architecture: dict[str, Any] = {"classes": classes, "widths": list(widths)}
+        self.mean: Tensor
+        self.deviation: Tensor
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("deviation", torch.tensor(DEVIATION).view(1, 3, 1, 1), persistent=False)
+        self.stages = nn.ModuleList(
+            nn.Sequential(convolution(inputs, width), convolution(width, width))
+            for inputs, width in pairwise((3, *widths))
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(widths[-1], classes)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [batch, 3, h, w] in [0, 1]. Returns logits [batch, classes]."""
+        x = (x - self.mean) / self.deviation
+        for number, stage in enumerate(self.stages):
+            x = stage(F.max_pool2d(x, 2, ceil_mode=True) if number else x)
+        return self.head(self.dropout(x.mean((2, 3))))
 
     def predict(self, signal: NDArray[np.uint8]) -> NDArray[np.float32]:
         """signal: RGB pixels [h, w, 3] of any size, seen whole. Returns logits [classes]."""
