@@ -135,9 +135,10 @@ class AudioCodec(Codec):
             source: a path, binary stream, `SoundReader` or `Sound`, or a floating-point array or tensor [channels, N]
                 or [N], nominally within [-1, 1].
             quality: 1 (smallest file) to `levels`, fractions in steps of 1/32; 4 unless kbps or psnr is given.
-            kbps: instead of `quality`, the best quality whose file has at most this many kilobits a second.
+            kbps: instead of `quality`, the best quality whose file has at most this many kilobits a second; of a codec
+                with tokens, the highest whole level that fits.
             psnr: instead of `quality`, the lowest quality whose decoded sound has at least this PSNR in dB, for a peak
-                of 1: 10 log10(1 / mean squared error).
+                of 1: 10 log10(1 / mean squared error); of a codec with tokens, the whole level of the fewest bytes.
             rate: samples a second of an array; None: those of the codec.
             bpp: for images only.
             compact: for images only; sounds have one form of header.
@@ -243,16 +244,25 @@ class AudioCodec(Codec):
         return indices[0] if len(indices) == 1 else indices
 
     def token_geometry(self, data: bytes) -> dict[str, Any]:
-        """Samples, rate, channels, quality and gain of a file: `detokenize(tokens(data), **token_geometry(data))` has
-        the samples of `decode(data)`."""
-        header = self._read(data, partial=False).header
+        """Samples, rate, channels, quality and gain of a file, and where it is `loud`: `detokenize(tokens(data),
+        **token_geometry(data))` has the samples of `decode(data)`."""
+        content = self._read(data, partial=False)
+        header = content.header
         geometry = _geometry(header)
+        ratio = resampling_ratio(geometry.sample_rate, self.rate)
+
+        def begin(segment: int) -> int:
+            place = math.ceil((segment * header.chunk_size - self.edge) / ratio)
+            return min(max(place, 0), geometry.samples)
+
+        loud = [index for index, chunk in enumerate(content.chunks) if chunk and chunk[0] & LOUD]
         return {
             "samples": geometry.samples,
             "rate": geometry.sample_rate,
             "channels": geometry.channels,
             "quality": header.settings[0] / QUALITY_STEPS,
             "gain": 2.0 ** -sum(header.settings[1:]),
+            "loud": [(begin(index), begin(index + 1)) for index in loud],
         }
 
     def detokenize(
@@ -264,8 +274,9 @@ class AudioCodec(Codec):
         channels: int | None = None,
         quality: float | None = None,
         gain: float = 1.0,
+        loud: Sequence[tuple[int, int]] = (),
     ) -> Sound:
-        """Tokens to a sound within [-1, 1].
+        """Tokens to a sound within [-1, 1], beyond it where it is said to be loud.
 
         Args:
             tokens: integers [codebooks, frames] or [groups, codebooks, frames], an array, tensor or nested list.
@@ -274,6 +285,7 @@ class AudioCodec(Codec):
             channels: of the sound; None: those that the groups hold.
             quality: that of the tokens; None where the number of codebooks tells it.
             gain: what samples are multiplied by.
+            loud: runs [start, stop) of samples that may exceed [-1, 1], as those of a source beyond full scale do.
 
         Raises:
             UsageError: tokens of another shape, beyond the vocabulary, or of a quality that has to be told; a sound
@@ -293,7 +305,11 @@ class AudioCodec(Codec):
             channels=groups * self.channels if channels is None else channels,
             quality=chosen,
         )
-        return Sound((sound.samples * np.float32(gain)).clip(-1, 1), rate)
+        played = sound.samples * np.float32(gain)
+        clipped = played.clip(-1, 1)
+        for start, stop in loud:
+            clipped[:, start:stop] = played[:, start:stop]
+        return Sound(clipped, rate)
 
     @torch.inference_mode()
     def quantise(self, source: Any, *, quality: float) -> NDArray[np.int32]:
@@ -448,7 +464,8 @@ class AudioCodec(Codec):
         packets: int,
         progress: Progress | None,
     ) -> bytes:
-        """The file of the best quality within `kbps`, or of the lowest that reaches `psnr`."""
+        """The file of the best quality within `kbps`, or of the lowest that reaches `psnr`; of a codec with tokens, of
+        the highest level, or of the fewest bytes."""
         low, high = QUALITY_STEPS, self.levels * QUALITY_STEPS
         files: dict[int, bytes] = {}
 
@@ -456,20 +473,42 @@ class AudioCodec(Codec):
             shape = _geometry(container.read_header(data))
             return 8 * len(data) * shape.sample_rate / (1000 * shape.samples)
 
-        def reaches(level: int) -> bool:
-            """Whether the file of this level has left the wanted range upwards (kbps) or reached it (psnr)."""
-            files[level] = data = self._encode(sound, level, shift, packets, progress)
+        def reached_by(data: bytes) -> bool:
+            """Whether a file has left the wanted range upwards (kbps) or reached it (psnr)."""
             return rate_of(data) > kbps if kbps is not None else self._psnr(sound, data) >= float(psnr or 0)
 
+        def encoded(level: int) -> bytes:
+            files[level] = data = self._encode(sound, level, shift, packets, progress)
+            return data
+
+        def reaches(level: int) -> bool:
+            return reached_by(encoded(level))
+
+        def level_of(data: bytes) -> int:
+            return container.read_header(data).settings[0]
+
+        def unreachable(tried: Sequence[bytes]) -> CompandError:
+            if kbps is not None:
+                reached = f"{min(map(rate_of, tried)):.2f} kbps is the least"
+                return CompandError(f"{kbps:g} kbps cannot be reached for this sound: {reached}; allow more")
+            reached = f"{max(self._psnr(sound, data) for data in tried):.2f} dB is the most"
+            return CompandError(f"{psnr:g} dB cannot be reached for this sound: {reached}; ask for less")
+
+        if self.vocabulary:
+            # Squared error says little of what codebooks make of sounds: what fits a limit is chosen by its level.
+            best, tried = self._best_whole_level(
+                encoded,
+                lambda data: reached_by(data) == (kbps is None),
+                lambda data: (level_of(data) if kbps is not None else 0, -len(data)),
+            )
+            if best is None:
+                raise unreachable(tried)
+            return best
         first = first_level(low, high, reaches)
         wanted = first - 1 if kbps is not None else first
-        if low <= wanted <= high:
-            return files[wanted]
-        if kbps is not None:
-            reached = f"{rate_of(files[low]):.2f} kbps is the least"
-            raise CompandError(f"{kbps:g} kbps cannot be reached for this sound: {reached}; allow more")
-        reached = f"{self._psnr(sound, files[high]):.2f} dB is the most"
-        raise CompandError(f"{psnr:g} dB cannot be reached for this sound: {reached}; ask for less")
+        if not low <= wanted <= high:
+            raise unreachable([files[low if kbps is not None else high]])
+        return files[wanted]
 
     def _psnr(self, sound: _SoundSource, data: bytes) -> float:
         tape = _Tape(sound.channels)

@@ -106,8 +106,10 @@ class ImageCodec(Codec):
                 tensor [C, H, W] in [0, 1], or `Picture`. A codec of other than 3 channels takes pictures of just as
                 many.
             quality: 1 (smallest file) to `levels`, fractions in steps of 1/32; 4 unless bpp or psnr is given.
-            bpp: instead of `quality`, the best quality whose file has at most this many bits a pixel.
-            psnr: instead of `quality`, the lowest quality whose decoded picture has at least this PSNR in dB.
+            bpp: instead of `quality`, the best quality whose file has at most this many bits a pixel; of a codec with
+                tokens, the whole level of the highest PSNR among those that fit.
+            psnr: instead of `quality`, the lowest quality whose decoded picture has at least this PSNR in dB; of a
+                codec with tokens, the whole level of the fewest bytes.
             compact: force or forbid the shortest header; None: for tiny files without packets.
             packets: of a codec with tokens: parts of rows into which each tile is cut, up to 255. Each has a checksum,
                 so that damage costs the packets that it meets (`decode` with `conceal`) and not the tile. 0: none.
@@ -144,12 +146,32 @@ class ImageCodec(Codec):
         def psnr_in(data: bytes) -> float:
             return psnr_of(picture.pixels, self.decode(data).pixels)
 
+        def bpp_of(data: bytes) -> float:
+            return 8 * len(data) / (picture.height * picture.width)
+
         def reached_by(data: bytes, factor: float = 1) -> bool:
             """Whether a file has left the wanted range upwards (bpp) or reached it (psnr), if refinement multiplies
             its bpp or PSNR by a factor."""
             if bpp is not None:
-                return factor * 8 * len(data) / (picture.height * picture.width) > bpp
+                return factor * bpp_of(data) > bpp
             return factor * psnr_in(data) >= float(psnr or 0)
+
+        def unreachable(tried: Sequence[bytes]) -> CompandError:
+            if bpp is not None:
+                reached = f"{min(map(bpp_of, tried)):.3f} bpp is the least"
+                return CompandError(f"{bpp:g} bpp cannot be reached for this picture: {reached}; allow more")
+            reached = f"{max(map(psnr_in, tried)):.2f} dB is the most"
+            return CompandError(f"{psnr:g} dB cannot be reached for this picture: {reached}; ask for less")
+
+        if self.vocabulary:
+            best, tried = self._best_whole_level(
+                lambda level: self._encode(picture, level, compact, packets, progress),
+                lambda data: reached_by(data) == (bpp is None),
+                lambda data: (psnr_in(data) if bpp is not None else 0.0, -len(data)),
+            )
+            if best is None:
+                raise unreachable(tried)
+            return best
 
         def found(factor: float = 1) -> int:
             """The level that the search ends at, outside low .. high where there is none."""
@@ -164,12 +186,7 @@ class ImageCodec(Codec):
 
         wanted = found()
         if not low <= wanted <= high:
-            extreme = files[low] if bpp is not None else files[high]
-            if bpp is not None:
-                reached = f"{8 * len(extreme) / (picture.height * picture.width):.3f} bpp is the least"
-                raise CompandError(f"{bpp:g} bpp cannot be reached for this picture: {reached}; allow more")
-            reached = f"{psnr_in(extreme):.2f} dB is the most"
-            raise CompandError(f"{psnr:g} dB cannot be reached for this picture: {reached}; ask for less")
+            raise unreachable([files[low if bpp is not None else high]])
         plain = files[wanted]
         if not effort:
             return plain
@@ -729,7 +746,8 @@ class ImageCodec(Codec):
     def _samples(self, latents: Tensor, place: tuple[slice, slice], level: int, channels: int) -> Tensor:
         """Samples [channels, h, w] at a place in what latents [M, ...] stand for; not clamped to [0, 1]."""
         y_hat = latents[None].contiguous(memory_format=torch.channels_last)
-        x = self.transform.synthesis(y_hat, torch.tensor([level], device=self.device))[0].float()
+        # Filled in on the device: what is copied to it could not be captured (`refinement`).
+        x = self.transform.synthesis(y_hat, torch.full((1,), level, device=self.device))[0].float()
         x = x[:, place[0], place[1]]
         return x.mean(0, keepdim=True) if channels == 1 != self.channels else x
 

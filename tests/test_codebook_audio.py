@@ -21,7 +21,8 @@ from compand.train.instruments import note
 from compand.weights import save
 
 CONFIGS = Path(__file__).parents[1] / "train" / "configs"
-SHIPPED = ["speech-rvq", "speech-grvq", "speech-mcrvq", "speech-fsq", "music-rvq"]
+SHIPPED = ["speech-rvq", "music-rvq"]
+OVERLAYS = ["speech-grvq", "speech-mcrvq", "speech-fsq"]  # of speech-rvq
 TRUNK = {
     "encoder_width": 4,
     "encoder_stages": [[4, 8, [1]], [8, 12, [1]]],
@@ -97,16 +98,13 @@ def test_a_quality_between_levels_is_the_lower_one(codec):
 
 
 def test_kbps_chooses_the_number_of_books(codec):
-    sound = Sound(speech(2.0, 44100), 44100)
-
-    def rate(data: bytes) -> float:
-        return 8 * len(data) / 2000
-
-    rates = [rate(codec.encode(sound, quality=level)) for level in range(1, codec.levels + 1)]
+    sound = Sound(speech(1.0, 44100), 44100)
+    files = [codec.encode(sound, quality=level) for level in range(1, codec.levels + 1)]
+    rates = [8 * len(data) / 1000 for data in files]
     assert rates == sorted(rates)
-    for level, own in enumerate(rates, 1):
-        found = codec.encode(sound, kbps=own + 0.01)
-        assert container.read(found).chunks == container.read(codec.encode(sound, quality=level)).chunks
+    for data, rate in zip(files, rates, strict=True):
+        found = codec.encode(sound, kbps=rate + 0.01)
+        assert container.read(found).chunks == container.read(data).chunks
     with pytest.raises(CompandError, match="is the least"):
         codec.encode(sound, kbps=0.5 * rates[0])
 
@@ -129,6 +127,19 @@ def test_shipped_configs_describe_a_codec(name):
     assert (codec.rate, codec.channels) == (data["rate"], data["channels"])
     assert arguments["distance"]["init_args"]["rate"] == codec.rate
     assert data["crop"] % codec.transform.stride == 0 and len(data["shares"]) == len(data["roots"])
+    assert all(size <= 1024 for sizes in codec.bottleneck.quantiser.sizes for size in sizes)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_shipped_overlays_change_the_quantiser_alone(name):
+    base, changed = (yaml.safe_load((CONFIGS / f"{file}.yaml").read_text()) for file in ("speech-rvq", name))
+    quantiser = changed["model"]["init_args"]["codec"]["init_args"]["quantiser"]
+    assert changed == {
+        "trainer": {"logger": {"init_args": {"name": name}}},
+        "model": {"init_args": {"codec": {"init_args": {"quantiser": quantiser}}}},
+    }
+    codec = CodebookAudioCodec(**base["model"]["init_args"]["codec"]["init_args"] | {"quantiser": quantiser})
+    assert codec.levels > 3
     assert all(size <= 1024 for sizes in codec.bottleneck.quantiser.sizes for size in sizes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -45,8 +46,23 @@ def analysed(codec, pixels: np.ndarray, level: int) -> torch.Tensor:
         return codec.analyse(pixels, tile_rows(*pixels.shape[:2], 0)[0][0], level)
 
 
+def synthesised(codec, data: bytes, level: int) -> np.ndarray:
+    """The samples that the latents of a small picture's file stand for, [H, W, channels], neither rounded nor clipped
+    to 0 to 255."""
+    geometry = container.read_header(data).geometry
+    with torch.inference_mode():
+        x = codec.transform.synthesis(codec.latents(data)[None], torch.tensor([level]))[0]
+    return 255 * x.permute(1, 2, 0).double().numpy()[: geometry.height, : geometry.width]
+
+
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
+
+
+def whole_levels(codec, pixels: np.ndarray) -> list[tuple[bytes, float]]:
+    """The files of all whole levels, and their PSNR."""
+    files = [codec.encode(pixels, quality=quality) for quality in range(1, codec.levels + 1)]
+    return [(data, psnr(codec.decode(data).pixels, pixels)) for data in files]
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -140,14 +156,16 @@ def test_decompress_gives_exactly_what_forward_promised(codec, scenery, level):
 
 def test_finer_quality_comes_closer(codec, scenery):
     errors = []
-    for level in (32, 96, 160, 256):
+    for level in range(32, 257, 32):
         y = analysed(codec, scenery[:128, :128], level)
         with torch.inference_mode():
             errors.append(float((codec.bottleneck(y, torch.tensor([level])).y_hat - y).square().mean()))
-    # A bit more for each vector of a codebook is far less than one for each number.
-    assert (
-        errors == sorted(errors, reverse=True) and errors[0] > (1.3 if codec.vocabulary else 4) * errors[-1]
-    )
+    # Each codebook is learned by itself: of a briefly trained one with few codes more, another may be as good. A bit
+    # more for each vector of a codebook is far less than one for each number.
+    slack, gain = (1.02, 1.3) if codec.vocabulary else (1, 4)
+    for coarser, finer in itertools.pairwise(errors):
+        assert finer < slack * coarser
+    assert errors[0] > gain * errors[-1]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -237,10 +255,16 @@ def test_pictures_of_any_size(codec, scenery, height, width, channels, level):
         -(-height // stride),
         -(-width // stride),
     )
+    with torch.inference_mode():
+        promised = codec.bottleneck(analysed(codec, pixels, level), torch.tensor([level])).y_hat[0]
+    assert torch.equal(codec.latents(data), promised)
+    x = synthesised(codec, data, level)
+    shown = x.mean(2, keepdims=True) if channels == 1 else x
+    assert np.abs(decoded.pixels - shown.clip(0, 255)).max() <= 1
     # Of a handful of codes none need be near a few pixels; to convolutions that see zeros around a picture, a small one
     # is all border.
-    far = codec.vocabulary or codec.name == "compressai"
-    assert np.abs(decoded.pixels.astype(int) - pixels).mean() < (128 if far else 50)
+    if not codec.vocabulary and codec.name != "compressai":
+        assert np.abs(decoded.pixels.astype(int) - pixels).mean() < 50
 
 
 def test_the_picture_comes_back(codec, scenery):
@@ -262,10 +286,10 @@ def test_gray_is_coded_as_its_three_equal_channels_and_comes_back_gray(codec, sc
     assert container.read(data).chunks == container.read(triple).chunks
     decoded = codec.decode(data)
     assert decoded.pixels.shape == gray.shape and decoded.to_pil().mode == "L"
-    three = codec.decode(triple).pixels
-    inside = ((three > 0) & (three < 255)).all(2)  # a channel that is clipped has another mean
-    error = np.abs(decoded.pixels[..., 0] - three.astype(float).mean(2))
-    assert inside.mean() > 0.1 and error[inside].max() <= 1
+    # The mean of channels that are not clipped yet: that of clipped ones is another.
+    three = synthesised(codec, triple, 128)
+    assert np.abs(codec.decode(triple).pixels - three.clip(0, 255)).max() <= 1
+    assert np.abs(decoded.pixels[..., 0] - three.mean(2).clip(0, 255)).max() <= 1
 
 
 def test_alpha_is_lossless(codec, scenery):
@@ -336,6 +360,12 @@ def test_qualities_that_do_not_exist(codec, scenery, quality):
 
 def test_bpp_is_the_best_quality_that_fits(codec, scenery):
     pixels = scenery[:160, :200]
+    if codec.vocabulary:
+        files = whole_levels(codec, pixels)
+        for size in {len(data) for data, _ in files}:
+            best = max((each for each in files if len(each[0]) <= size), key=lambda each: each[1])
+            assert codec.encode(pixels, bpp=8 * size / (160 * 200)) == best[0]
+        return
     smallest, largest = (8 * len(codec.encode(pixels, quality=q)) / (160 * 200) for q in (1, 8))
     wanted = 0.4 * smallest + 0.6 * largest
     data = codec.encode(pixels, bpp=wanted)
@@ -348,6 +378,13 @@ def test_bpp_is_the_best_quality_that_fits(codec, scenery):
 
 def test_psnr_is_the_smallest_quality_that_reaches_it(codec, scenery):
     pixels = scenery[:128, :128]
+    if codec.vocabulary:
+        files = whole_levels(codec, pixels)
+        for wanted in (reached - 0.01 for _, reached in files):
+            least = min((each for each in files if each[1] >= wanted), key=lambda each: len(each[0]))
+            data = codec.encode(pixels, psnr=wanted)
+            assert len(data) == len(least[0]) and psnr(codec.decode(data).pixels, pixels) >= wanted
+        return
     low, high = (psnr(codec.decode(codec.encode(pixels, quality=q)).pixels, pixels) for q in (1, 8))
     wanted = (low + high) / 2
     data = codec.encode(pixels, psnr=wanted)

@@ -13,6 +13,7 @@ from PIL import Image
 
 import compand
 from compand import audio_codec, cli, image_codec
+from compand.coding import container
 from compand.data import (
     Collate,
     PackedDataset,
@@ -24,7 +25,7 @@ from compand.data import (
 )
 from compand.data.info import SetInfo
 from compand.data.payload import RowCodec
-from compand.errors import BitstreamError, PackedSetError, UsageError
+from compand.errors import BitstreamError, CompandError, PackedSetError, UsageError
 from compand.sounds import Sound, read_sound
 from compand.train.instruments import drum, note
 
@@ -130,6 +131,19 @@ def test_a_damaged_file_has_no_tokens(pictures, scenery):
         pictures.tokens(data[:-5])
 
 
+def test_flat_gray_takes_the_one_level_that_has_it():
+    """Of this checkpoint the finest level has a code of gray, and needs fewer bytes for it than those below."""
+    codec = compand.load("vqgan-f16-v1", device="cpu")
+    gray = np.full((256, 256, 3), 128, np.uint8)
+    finest = codec.encode(gray, quality=8)
+    assert len(finest) < len(codec.encode(gray, quality=2)) < len(codec.encode(gray, quality=5))
+    assert codec.encode(gray, bpp=8 * len(finest) / 256**2) == finest
+    assert codec.encode(gray, psnr=24) == finest
+    assert codec.encode(gray, psnr=35) == finest
+    with pytest.raises(CompandError, match=r"0\.00\d bpp is the least"):
+        codec.encode(gray, bpp=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------ sounds
 
 
@@ -153,6 +167,61 @@ def test_tokens_of_a_sound_give_the_sound(sounds, channels, rate, packets, monke
     assert torch.equal(sounds.tokens(streamed), torch.from_numpy(sounds.quantise(sound, quality=3)).long())
     decoder = sounds.decoder()
     assert decoder.push(streamed).shape[1] + decoder.finish().shape[1] == 20_000
+
+
+@pytest.mark.parametrize("rate", [RATE, 44100])
+def test_tokens_of_sounds_beyond_full_scale_give_them(sounds, rate, monkeypatch):
+    monkeypatch.setattr(audio_codec, "SEGMENT", 4096)
+    sound = speech(rate=rate)
+    sound.samples[:] *= 0.9 / np.abs(sound.samples).max()
+    sound.samples[:, 14_000:15_000] *= 20
+    monkeypatch.setattr(sounds, "_synthesise", louder(sounds._synthesise))
+    data = sounds.encode(sound, quality=4)
+    geometry, decoded = sounds.token_geometry(data), sounds.decode(data).samples
+    ((start, stop),) = geometry["loud"]
+    assert 0 < start <= 14_000 and 15_000 <= stop <= 20_000
+    beyond = np.abs(decoded).max(0) > 1
+    assert beyond[start:stop].any() and not beyond[:start].any() and not beyond[stop:].any()
+    assert np.array_equal(sounds.detokenize(sounds.tokens(data), **geometry).samples, decoded)
+    clipped = sounds.detokenize(sounds.tokens(data), **{**geometry, "loud": ()}).samples
+    assert np.array_equal(clipped, decoded.clip(-1, 1))
+
+
+def louder(synthesise):
+    """Synthesis of an untrained network made so loud that it is clipped throughout."""
+    return lambda *arguments: synthesise(*arguments) * np.float32(1000)
+
+
+def test_limits_choose_among_whole_levels(sounds):
+    sound = speech()
+    files = [sounds.encode(sound, quality=quality) for quality in (1, 2, 3, 4)]
+    for data in files:
+        limit = 8 * len(data) * RATE / (1000 * sound.length)
+        assert sounds.encode(sound, kbps=limit) == data
+        assert sounds.encode(sound, kbps=1.02 * limit) == data
+    reached = [
+        10 * math.log10(1 / np.square(sounds.decode(data).samples - sound.samples).mean()) for data in files
+    ]
+    for wanted in reached:
+        fitting = [data for data, psnr in zip(files, reached, strict=True) if psnr >= wanted - 0.001]
+        assert sounds.encode(sound, psnr=wanted - 0.001) == min(fitting, key=len)
+    for target in ({"kbps": 0.01}, {"psnr": 99}):
+        with pytest.raises(CompandError, match=r"cannot be reached.*(allow more|ask for less)"):
+            sounds.encode(sound, **target)
+
+
+def test_no_level_but_the_finest_fits(sounds, monkeypatch):
+    """Bytes need not grow with the level."""
+    sound, encode = speech(), sounds._encode
+
+    def swapped(source, level, *rest):
+        assert level % 32 == 0
+        return encode(source, 5 * 32 - level, *rest)
+
+    smallest = sounds.encode(sound, quality=1)
+    monkeypatch.setattr(sounds, "_encode", swapped)
+    data = sounds.encode(sound, kbps=8 * len(smallest) * RATE / (1000 * sound.length))
+    assert container.read_header(data).settings[0] == 32 and data == smallest
 
 
 def test_tokens_alone_give_a_sound(sounds):
