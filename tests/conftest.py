@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
+from filelock import FileLock
 from PIL import Image
 
-from compand import checkpoint, registry
-from compand.bottlenecks.codebook import CodebookBottleneck
-from compand.codec import QUALITY_STEPS, Codec
+from compand import checkpoint
 from compand.sounds import Sound
-from compand.train.codec_training import as_samples
-from compand.train.export import export
-from compand.train.images import CropDataset, read_rgb
-from compand.train.instruments import RATE, drum, note
-from compand.train.rate_distortion import RateDistortion
-from compand.weights import build
+from compand.train.instruments import drum, note
+
+# Nothing here imports torch before a test needs it: the process that hands out tests to others runs none.
+if TYPE_CHECKING:
+    from compand.codec import Codec
+
+# Tests run on all cores already: threads of the processes that they start would only wait for each other, and those
+# that wait must not do so at full load.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SHARED_IMAGES = Path(__file__).parents[1].parent / "shared" / "data" / "images"
 
@@ -77,6 +80,16 @@ SMALL: dict[str, dict[str, Any]] = {
             "overlap": 2,
         },
     },
+    "context": {
+        "latent_channels": 48,
+        "stages": [[8, 24, 1], [16, 32, 1]],
+        "hyper_channels": 16,
+        "hyper_widths": [16, 16, 24],
+        "context": {
+            "slices": [6, 12, 30],
+            "sizes": {"channel": [12, 8], "local": 8, "attention": 6, "hidden": [24, 16], "correction": 8},
+        },
+    },
     "compressai": {"width": 16, "latent_channels": 48, "lambdas": [0.01 * 1.7**i for i in range(8)]},
 }
 """Constructor arguments that make a codec small; one that is not named here is tested as it comes."""
@@ -85,7 +98,30 @@ SMALL: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """These networks are too small to gain from more threads, which would only wait for each other."""
+    import torch
+
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """once(name, make) -> a folder of that name that make(folder) has written, in whichever of the processes of this
+    run came first; the others wait for it."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder = shared / "once" / name
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                unfinished = tmp_path_factory.mktemp("unfinished") / name
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return get
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +154,8 @@ def kodak() -> list[Path]:
 @pytest.fixture(scope="session")
 def scenery(china: Path) -> np.ndarray:
     """Pixels of a photograph, uint8 [427, 640, 3]."""
-    return read_rgb(china)
+    with Image.open(china) as image:
+        return np.array(image.convert("RGB"))
 
 
 def stereo(generator: np.random.Generator) -> np.ndarray:
@@ -129,99 +166,29 @@ def stereo(generator: np.random.Generator) -> np.ndarray:
     return (generator.uniform(0.05, 0.45) * mixture).astype(np.float32)
 
 
-def settle(codec: Codec, crops: Iterator[torch.Tensor], steps: int) -> None:
-    """Trains the transform of a codec by itself, then makes the codebooks, if it has any, of its latents: vectors of a
-    transform that has not settled teach them little."""
-    optimizer = torch.optim.Adam(codec.transform.parameters(), 4e-3)
-
-    def latents(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        quality = torch.full((len(x),), codec.levels * QUALITY_STEPS)
-        return codec.transform.analysis(x, quality), quality
-
-    def crop() -> torch.Tensor:
-        x = as_samples(next(crops))
-        # As loud as files are coded.
-        return x / x.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-3)
-
-    for _ in range(steps):
-        x = crop()
-        loss = (codec.transform.synthesis(*latents(x)) - x).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    if isinstance(codec.bottleneck, CodebookBottleneck):
-        with torch.no_grad():
-            codec.bottleneck.quantiser.initialise(latents(crop())[0])
-
-
 @pytest.fixture(scope="session")
 def trained(china: Path, flower: Path) -> Callable[..., Codec]:
     """trained(name, seed=0, steps=60) -> a small codec of that name in its trainable state, trained briefly."""
+    from small_codecs import train
 
-    def train(name: str, seed: int = 0, steps: int = 60) -> Codec:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            codec = registry.by_name(name).load_class()(**SMALL.get(name, {}))
-            module = RateDistortion(codec)
-            if codec.medium == "audio":
-                generator = np.random.default_rng(seed)
-                sounds = np.stack([stereo(generator) for _ in range(8)])[:, :, None]
-                crops = (
-                    torch.from_numpy(sounds[..., start : start + 4096].copy())
-                    for start in generator.integers(0, sounds.shape[-1] - 4096, 4 * steps)
-                )
-            else:
-                images = [read_rgb(china), read_rgb(flower)]
-                crops = iter(CropDataset(images, 8, 64, torch.device("cpu"), seed))
-            # What does not start as something like a transform coder.
-            if isinstance(codec.bottleneck, CodebookBottleneck):
-                settle(codec, crops, 2 * steps)
-            elif name == "compressai":
-                settle(codec, crops, 3 * steps)
-            densities = [p for n, p in codec.named_parameters() if "density" in n]
-            others = [p for n, p in codec.named_parameters() if "density" not in n]
-            # Untrained densities are far too wide; they have to settle within these few steps.
-            groups = [{"params": others, "lr": 2e-3}, {"params": densities, "lr": 0.03}]
-            optimizer = torch.optim.Adam([group for group in groups if group["params"]])
-            for _ in range(steps):
-                loss, _ = module.loss(next(crops))
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(others, 1.0)
-                optimizer.step()
-            if isinstance(codec.bottleneck, CodebookBottleneck) and codec.medium == "image":
-                # Each codebook learns from the items of its own level, of which there were few.
-                settle(codec, crops, 0)
-        return codec.eval()
-
-    return train
+    return lambda name, seed=0, steps=60: train(name, SMALL.get(name, {}), [china, flower], seed, steps)
 
 
 @pytest.fixture(scope="session")
 def checkpoint_of(
-    trained: Callable[..., Codec], scenery: np.ndarray, tmp_path_factory: pytest.TempPathFactory
+    trained: Callable[..., Codec],
+    scenery: np.ndarray,
+    tmp_path_factory: pytest.TempPathFactory,
+    once: Callable[..., Path],
 ) -> Callable[[str], Path]:
     """checkpoint_of(name) -> the folder of that codec's checkpoint, exported once a session."""
-    made: dict[str, Path] = {}
+    from small_codecs import export_counted
 
     def make(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("checkpoints") / f"{name}-v1"
-            crops = tmp_path_factory.mktemp("counted")
-            codec = trained(name)
-            if codec.medium == "audio":
-                generator = np.random.default_rng(1)
-                for i in range(4):
-                    Sound(stereo(generator), RATE).save(crops / f"{i}.wav")
-                export(codec, folder, sorted(crops.iterdir()), "cpu")
-                made[name] = folder
-                return folder
-            pixels = next(iter(CropDataset([scenery], 16, 96, torch.device("cpu"), 1)))
-            for i, crop in enumerate(pixels):
-                Image.fromarray(crop.permute(1, 2, 0).numpy()).save(crops / f"{i}.png")
-            export(codec, folder, sorted(crops.iterdir()), "cpu")
-            made[name] = folder
-        return made[name]
+        def export(folder: Path) -> None:
+            export_counted(trained(name), folder, tmp_path_factory.mktemp("counted"), scenery)
+
+        return once(f"{name}-v1", export)
 
     return make
 
@@ -229,6 +196,8 @@ def checkpoint_of(
 @pytest.fixture(scope="session")
 def exact(checkpoint_of: Callable[[str], Path]) -> Callable[[str], Codec]:
     """exact(name) -> that codec on the CPU, with its transforms in float32."""
+    from compand.weights import build
+
     return lambda name: build(checkpoint.read_info(checkpoint_of(name)), "cpu", reduced=False)
 
 
@@ -236,6 +205,10 @@ def exact(checkpoint_of: Callable[[str], Path]) -> Callable[[str], Codec]:
 def token_checkpoints(scenery: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of checkpoints with codebooks, by medium: of 8, 32 and 128 codes, one at a time ("image"), and of 16, up
     to four one after the other ("audio"). Their networks are untrained."""
+    from small_codecs import untrained
+
+    from compand.train.export import export
+
     pictures: dict[str, Any] = {
         "latent_channels": 12,
         "quantiser": {"kind": "nested", "sizes": [8, 32, 128]},
@@ -263,18 +236,7 @@ def token_checkpoints(scenery: np.ndarray, tmp_path_factory: pytest.TempPathFact
     Sound(stereo(np.random.default_rng(0)), 16000).save(seen["audio"])
     made = {}
     for name, options in (("vqgan", pictures), ("codebook-audio", sounds)):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            codec = registry.by_name(name).load_class()(**options)
-            if codec.medium == "image":
-                x = torch.from_numpy(scenery[:416, :640]).permute(2, 0, 1)[None].float() / 255
-            else:
-                x = torch.from_numpy(stereo(np.random.default_rng(0)))[:, None, None, :32000]
-            with torch.no_grad():
-                y = codec.transform.analysis(x, torch.full((len(x),), 32 * codec.levels))
-                codec.bottleneck.quantiser.initialise(y)
-                if codec.medium == "image":
-                    codec.bottleneck.quantiser.recluster()
+        codec = untrained(name, options, scenery)
         made[codec.medium] = folder / f"{name}-tokens-v1"
         export(codec, made[codec.medium], [seen[codec.medium]], "cpu")
     return made

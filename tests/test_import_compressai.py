@@ -72,7 +72,7 @@ def trained_model(china, flower) -> Callable[[str], torch.nn.Module]:
         auxiliary = torch.optim.Adam(quantiles, 0.3)
         images = CropDataset([read_rgb(china), read_rgb(flower)], 8, 64, torch.device("cpu"), 0)
         crops = iter(images)
-        for _ in range(120):
+        for _ in range(80):
             x = next(crops).float() / 255
             result = model(x)
             bits = sum(-torch.log2(part).sum() for part in result["likelihoods"].values())

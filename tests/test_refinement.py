@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from compand import cli, image_codec, refinement, registry
+from compand import checkpoint, cli, image_codec, refinement, registry
 from compand.coding.container import read_header
 from compand.coding.integer import IntegerNetwork
 from compand.coding.tables import TableSet
 from compand.errors import UsageError
 from compand.pictures import Picture, psnr
-from compand.refinement import NOISE, Rounded, SoftRounding, TableCosts
+from compand.refinement import NOISE, Relaxation, Rounded, Schedule, SoftRounding, TableCosts
+from compand.weights import build
 
 IMAGE_CODECS = [entry.name for entry in registry.entries() if entry.medium == "image"]
 AUDIO_CODECS = [entry.name for entry in registry.entries() if entry.medium == "audio"]
@@ -191,8 +192,9 @@ def test_what_gets_no_better_stays_as_it_is(codec, crop, monkeypatch):
     assert codec.encode(crop, effort=3) == codec.encode(crop)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 70), (33, 17)], ids=str)
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("size", "channels"), [((1, 1), 3), ((2, 70), 1), ((33, 17), 1), ((33, 17), 3)], ids=str
+)
 def test_any_size_gray_or_color_with_alpha(codec, scenery, size, channels):
     pixels = np.ascontiguousarray(scenery[: size[0], : size[1], :channels])
     alpha = np.random.default_rng(0).integers(0, 256, size, np.uint8)
@@ -303,3 +305,65 @@ def test_the_command_line_refuses_sounds(tmp_path, capsys):
     assert run("encode", str(tmp_path / "a.wav"), "--effort", "2") == 2
     error = capsys.readouterr().err
     assert "a.wav is coded as a sound: --effort is for pictures" in error and error.count("\n") == 1
+
+
+# -------------------------------------------------------------------------------------------------- on GPUs
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def note_captures(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each attempt to capture a step went well."""
+    noted: list[bool] = []
+    capture = refinement._Descent._capture
+
+    def noting(descent: refinement._Descent) -> None:
+        capture(descent)
+        noted.append(descent._graph is not None)
+
+    monkeypatch.setattr(refinement._Descent, "_capture", noting)
+    return noted
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", IMAGE_CODECS)
+def test_captured_steps_find_files_that_every_machine_decodes(name, checkpoint_of, exact, crop, monkeypatch):
+    codec = build(checkpoint.read_info(checkpoint_of(name)), "cuda")
+    if not codec.bottleneck.refinable:
+        pytest.skip(f"{name} has no rate with a gradient")
+    noted = note_captures(monkeypatch)
+    plain, refined = (codec.encode(crop, quality=3, effort=effort) for effort in (0, 1))
+    assert noted == [True]
+    assert cost(codec, crop, refined) < 0.995 * cost(codec, crop, plain)
+    assert codec.encode(crop, quality=3, effort=1) == refined
+    difference = codec.decode(refined).pixels.astype(int) - exact(name).decode(refined).pixels
+    assert np.abs(difference).max() <= 8 and np.abs(difference).mean() < 0.5
+
+
+class Bowl(Relaxation):
+    """Bits that are least where the variables are 2."""
+
+    def __init__(self) -> None:
+        self.variables = [torch.zeros(8, device="cuda").requires_grad_()]
+
+    def sample(self, rounding: SoftRounding) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.variables[0]
+        noise = torch.rand(8, generator=rounding.generator, device="cuda") - 0.5
+        return (x + 0.01 * noise - 2).square().sum(), x
+
+    def code(self) -> tuple[bytes, torch.Tensor]:
+        return b"", self.variables[0]
+
+
+@needs_gpu
+@pytest.mark.parametrize("waits", [False, True])
+def test_steps_that_cannot_be_captured_go_on(waits, monkeypatch):
+    noted = note_captures(monkeypatch)
+    bowl, done = Bowl(), []
+
+    def distortion(y_hat: torch.Tensor) -> torch.Tensor:
+        return y_hat.sum() * (0.0 * float(y_hat[0]) if waits else 0.0)
+
+    refinement.anneal(bowl, distortion, Schedule(200, 0.1), lambda: done.append(1))
+    assert noted == [not waits] and len(done) == 200
+    assert (bowl.variables[0].detach().cpu() - 2).abs().max() < 0.2

@@ -23,6 +23,9 @@ quantiser is put in; averages as slow as those of codes would lag behind."""
 
 LEAST_VARIANCE = 1e-10
 
+MOST_CODES = 1 << 20
+"""Of one codebook: 4 MB of `Table.usage`."""
+
 ITERATIONS = 12
 """Of k-means over vectors of a batch; training moves the codes on."""
 
@@ -33,11 +36,17 @@ def distributed() -> bool:
 
 
 def nearest(vectors: Tensor, codes: Tensor, distance: str = "euclidean") -> Tensor:
-    """Index of the nearest code of each vector: [..., N, C], [..., K, C] -> int64 [..., N]. Of equal ones the first."""
+    """Index of the nearest code of each vector: [..., N, C], [..., K, C] -> int64 [..., N]. Of equal ones the first.
+
+    Euclidean distances are taken from the mean of the codes: v.c - |c|^2 / 2 is a small difference of large numbers
+    where codes lie close together far from zero.
+    """
     if distance == "cosine":
         scores = F.normalize(vectors, dim=-1) @ F.normalize(codes, dim=-1).mT
     else:
-        scores = vectors @ codes.mT - codes.square().sum(-1)[..., None, :] / 2
+        centre = codes.mean(-2, keepdim=True)
+        codes = codes - centre
+        scores = (vectors - centre) @ codes.mT - codes.square().sum(-1)[..., None, :] / 2
     return scores.argmax(-1)
 
 
@@ -123,6 +132,8 @@ class Table(nn.Module, ABC):
             raise UsageError(
                 f"{groups} codebooks of {size} codes of {dimensions} dimensions do not exist: take at least 1, 2 and 1"
             )
+        if size > MOST_CODES:
+            raise UsageError(f"codebooks of {size} codes are too large: choose at most {MOST_CODES} codes")
         if not 0 <= decay < 1:
             raise UsageError(f"decay {decay} does not exist: choose at least 0 and less than 1")
         self.groups, self.size, self.dimensions, self.decay = groups, size, dimensions, decay
@@ -281,7 +292,7 @@ class ScalarGrid(Table):
         decay: of `usage`.
 
     Raises:
-        UsageError: no levels, or fewer than two values in one.
+        UsageError: no levels, fewer than two values in one, or more than MOST_CODES codes.
     """
 
     span: Tensor

@@ -23,6 +23,7 @@ from compand.bottlenecks.indices import (
     Vocabulary,
     pair_starts,
     read_integers,
+    require_modelled,
 )
 from compand.codec import QUALITY_STEPS, Bottleneck, BottleneckOutput, Counts, subset
 from compand.coding.container import Source, Varint
@@ -42,6 +43,16 @@ CRC_BYTES = 2
 
 SEARCHED = 1 << 12
 """Bytes in which the next packet is looked for behind a damaged one."""
+
+EFFORT = 1 << 24
+"""Bytes whose checksums are looked at to find packets of one payload behind damage, and CHECK_BYTES for each attempt:
+whoever makes a file chooses how many places look like packets, and must not choose how long it takes."""
+
+CHECK_BYTES = 1024
+
+BELIEVED = 2
+"""Intact packets that prove a head which is not the one that is read, if it has as many: one is found by chance in
+one of 64 attempts with all heads that there may be."""
 
 Frozen = dict[str, IndexPrior]
 
@@ -105,6 +116,8 @@ class CodebookBottleneck(Bottleneck):
         ]
         if unknown:
             raise UsageError(f"index prior {kind!r} has no option {unknown[0]!r}: leave it out")
+        if kind != UniformPrior.name:
+            require_modelled(kind, self.books)
         self.kinds = PRIORS[: names.index(kind) + 1]
         self.prior = IndexNetworks(self.books, **options) if trainable and kind == ContextPrior.name else None
         self.encoder_parts = tuple(f"quantiser.{part}" for part in self.quantiser.encoder_parts)
@@ -224,22 +237,21 @@ class CodebookBottleneck(Bottleneck):
             erasures: whether indices of damaged packets are to be -1; else damage is an error.
 
         Raises:
-            BitstreamError: a damaged payload, or with `erasures` one whose head is, or that has no packets.
+            BitstreamError: a damaged payload, or with `erasures` one that has no packets, or neither a sound head nor
+                packets that tell what it was.
         """
-        depth, source = self.depth(quality), Source(memoryview(payload), 0)
-        try:
-            head = HEAD.unpack(source)
-        except BitstreamError:
-            raise BitstreamError("indices do not begin with their packets: the file is damaged") from None
+        depth, view = self.depth(quality), memoryview(payload)
+        head, bodies = self._concealed_bodies(view, shape, depth) if erasures else (None, None)
+        if head is None or bodies is None:
+            head, rest = self._head(view, shape)
+            count = head // len(PRIORS)
+            if erasures and not count:
+                raise BitstreamError("indices without packets have no part that is known to be intact")
+            limit = self._uniform_size(shape, depth, count)
+            bodies = _Packets(rest, limit).bodies(head, search=erasures) if count else [bytes(rest)]
         count, code = divmod(head, len(PRIORS))
-        parts = self._parts(shape, count)
-        if code >= len(self.kinds) or count not in (0, len(parts)):
-            raise BitstreamError(f"indices claim {count} packets of prior {code}: the file is damaged")
-        if erasures and not count:
-            raise BitstreamError("indices without packets have no part that is known to be intact")
-        prior, rest = self._prior(self.kinds[code].name), source.view[source.offset :]
+        parts, prior = self._parts(shape, count), self._prior(self.kinds[code].name)
         grid = np.full((self.quantiser.planes(depth), *shape), -1, np.int64)
-        bodies = _packets(rest, head, erasures) if count else [bytes(rest)]
         for part, body in zip(parts, bodies, strict=True):
             try:
                 if body is None:
@@ -250,6 +262,61 @@ class CodebookBottleneck(Bottleneck):
                 if not erasures:
                     raise
         return torch.from_numpy(grid).to(self._log2_sizes.device)
+
+    def _head(self, view: memoryview, shape: tuple[int, int]) -> tuple[int, memoryview]:
+        """Head of a payload, and what follows. Raises BitstreamError if there is none for such a shape."""
+        source = Source(view, 0)
+        try:
+            head = HEAD.unpack(source)
+        except BitstreamError:
+            raise BitstreamError("indices do not begin with their packets: the file is damaged") from None
+        count, code = divmod(head, len(PRIORS))
+        if code >= len(self.kinds) or count not in (0, len(self._parts(shape, count))):
+            raise BitstreamError(f"indices claim {count} packets of prior {code}: the file is damaged")
+        return head, view[source.offset :]
+
+    def _concealed_bodies(
+        self, view: memoryview, shape: tuple[int, int], depth: int
+    ) -> tuple[int | None, list[bytes | None] | None]:
+        """Another head than the one that is read, and its packets, where these prove it: their checksums include it.
+
+        None where the head that is read has intact packets, or no other has.
+        """
+        try:
+            head, rest = self._head(view, shape)
+            count = head // len(PRIORS)
+            if count and any(
+                _Packets(rest, self._uniform_size(shape, depth, count)).bodies(head, search=False)
+            ):
+                return None, None
+        except BitstreamError:
+            pass
+        most = min(shape[0 if self.books.planar else 1], MOST_PACKETS)
+        limit = self._uniform_size(shape, depth, most)
+        behind = {size: _Packets(view[size:], limit) for size in (1, 2)}
+        # Where all lengths are intact they tell the number of packets; else all numbers are tried.
+        told = [packets.chain() for packets in behind.values()]
+        counts = sorted(range(1, most + 1), key=lambda count: (count not in told, count))
+        for count in counts:
+            for kind in self.kinds:
+                head = len(PRIORS) * count + kind.code
+                packets = behind.get(HEAD.size(head))
+                if packets is None or (count not in told and not packets.begins(head)):
+                    continue
+                if sum(body is not None for body in packets.bodies(head, search=False)) >= min(
+                    BELIEVED, count
+                ):
+                    return head, packets.bodies(head, search=True)
+        return None, None
+
+    def _uniform_size(self, shape: tuple[int, int], depth: int, packets: int) -> int:
+        """Bytes that the bodies of all packets together cannot exceed, see `compress_indices`."""
+        uniform, axis = self._uniform(), 0 if self.books.planar else 1
+        total = 0
+        for part in self._parts(shape, packets):
+            extent = part[1 + axis].stop - part[1 + axis].start
+            total += uniform.size((extent, shape[1]) if axis == 0 else (shape[0], extent), depth)
+        return total
 
     def _parts(self, shape: Sequence[int], packets: int) -> list[tuple[slice, slice, slice]]:
         """What each packet holds of indices of a shape (h, w): so many rows, or frames; at least one."""
@@ -400,49 +467,90 @@ class CodebookBottleneck(Bottleneck):
         return uniform
 
 
-def _checksum(head: int, number: int, body: bytes) -> bytes:
+def _checksum(head: int, number: int, body: bytes | memoryview) -> bytes:
     """CRC-16 of a packet, and of the head and its number, with others of which it would mean something else."""
     place = HEAD.pack(head) + LENGTH.pack(number)
     return binascii.crc_hqx(body, binascii.crc_hqx(place, 0xFFFF)).to_bytes(CRC_BYTES, "big")
 
 
-def _packets(view: memoryview, head: int, search: bool) -> list[bytes | None]:
-    """Bodies of the packets in what follows a head; None for those that are damaged.
+class _Packets:
+    """What follows a head.
 
     Args:
-        search: whether a packet that is not where the length of the one before says is looked for. That length may be
-            what is damaged; a packet counts as found where the one after it, or the end, follows.
+        view: the bytes.
+        limit: bytes of the longest body.
     """
-    count = head // len(PRIORS)
 
-    def packet(offset: int, number: int) -> tuple[bytes, int] | None:
-        source = Source(view, offset)
+    def __init__(self, view: memoryview, limit: int) -> None:
+        self.view, self.limit = view, limit
+        self.effort = EFFORT
+
+    def bodies(self, head: int, *, search: bool) -> list[bytes | None]:
+        """Bodies of the packets of a head; None for those that are damaged.
+
+        Args:
+            search: whether a packet that is not where the length of the one before says is looked for. That length may
+                be what is damaged; a packet counts as found where the one after it, or the end, follows.
+        """
+        bodies: list[bytes | None] = []
+        behind, claimed = 0, 0
+        for number in range(head // len(PRIORS)):
+            found = self._packet(claimed, head, number)
+            if found is None and search and number:
+                found = self._searched(behind, head, number)
+            bodies.append(bytes(found[0]) if found else None)
+            if found:
+                behind = claimed = found[1]
+                continue
+            place = self._place(claimed)
+            claimed = place[1] if place else len(self.view)
+        return bodies
+
+    def chain(self) -> int:
+        """Number of packets that lengths tell, as long as each leads to the next and the last to the end; else 0."""
+        offset = number = 0
+        while offset < len(self.view) and number <= MOST_PACKETS:
+            place = self._place(offset)
+            if place is None:
+                return 0
+            offset, number = place[1], number + 1
+        return number if offset == len(self.view) else 0
+
+    def begins(self, head: int) -> bool:
+        """Whether the first packet is one of a head."""
+        return self._affordable(0) and self._packet(0, head, 0) is not None
+
+    def _place(self, offset: int) -> tuple[int, int] | None:
+        """Where the body of a packet that begins there does, and where it ends; None if none can."""
+        source = Source(self.view, offset)
         try:
             length = LENGTH.unpack(source)
-            checksum, body = source.take(CRC_BYTES), source.take(length)
         except BitstreamError:
             return None
-        placed = number + 1 < count or source.offset == len(view)
-        return (body, source.offset) if placed and checksum == _checksum(head, number, body) else None
+        start = source.offset + CRC_BYTES
+        return (start, start + length) if length <= self.limit and start + length <= len(self.view) else None
 
-    def searched(offset: int, number: int) -> tuple[bytes, int] | None:
-        for start in range(offset, min(offset + SEARCHED, len(view))):
-            found = packet(start, number)
-            if found and (number + 1 == count or packet(found[1], number + 1)):
+    def _packet(self, offset: int, head: int, number: int) -> tuple[memoryview, int] | None:
+        """Body of an intact packet that begins there, and where it ends."""
+        place = self._place(offset)
+        if place is None or (number + 1 == head // len(PRIORS) and place[1] != len(self.view)):
+            return None
+        body = self.view[place[0] : place[1]]
+        intact = self.view[place[0] - CRC_BYTES : place[0]] == _checksum(head, number, body)
+        return (body, place[1]) if intact else None
+
+    def _searched(self, offset: int, head: int, number: int) -> tuple[memoryview, int] | None:
+        """The first place behind an offset where a packet and the one after it are intact."""
+        for start in range(offset, min(offset + SEARCHED, len(self.view))):
+            if not self._affordable(start):
+                return None
+            found = self._packet(start, head, number)
+            if found and (number + 1 == head // len(PRIORS) or self._packet(found[1], head, number + 1)):
                 return found
         return None
 
-    bodies: list[bytes | None] = []
-    behind, claimed = 0, 0
-    for number in range(count):
-        found = packet(claimed, number) or (searched(behind, number) if search and number else None)
-        bodies.append(found[0] if found else None)
-        if found:
-            behind = claimed = found[1]
-            continue
-        source = Source(view, claimed)
-        try:
-            claimed = LENGTH.unpack(source) + CRC_BYTES + source.offset
-        except BitstreamError:
-            claimed = len(view)
-    return bodies
+    def _affordable(self, offset: int) -> bool:
+        """Whether there is effort left for a packet that may begin there, which is taken."""
+        place = self._place(offset)
+        self.effort -= CHECK_BYTES + (place[1] - place[0] if place else 0)
+        return self.effort >= 0

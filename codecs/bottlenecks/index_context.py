@@ -44,6 +44,9 @@ LARGEST_POWER = 24
 ROOT_BITS = 64
 WEIGHT_LIMIT = (1 << 15) - 1
 
+EXACT_LIMIT = 1 << 24
+"""Integers below this are exact in float32."""
+
 
 @cache
 def powers() -> NDArray[np.float64]:
@@ -198,7 +201,7 @@ class ContextPrior(ModelledPrior):
     """`IndexNetworks` in integers, see `coding.integer`.
 
     The first layer is one look-up a neighbour, of rows that are made once: products of embeddings and weights, rounded
-    to FRACTION_BITS. Sums of these stay below 2**24, where float32 is exact; the layers behind are float64 as in
+    to FRACTION_BITS. Sums of these stay below EXACT_LIMIT, where float32 is exact; the layers behind are float64 as in
     `IntegerConvolution`. Logits are octaves with FRACTION_BITS, and `powers` makes weights of them.
 
     Args:
@@ -209,7 +212,7 @@ class ContextPrior(ModelledPrior):
         networks: its further layers, hidden to K.
 
     Raises:
-        CheckpointError: shapes that do not fit.
+        CheckpointError: shapes that do not fit, or a first layer whose sums may reach EXACT_LIMIT.
     """
 
     name = "context"
@@ -243,16 +246,24 @@ class ContextPrior(ModelledPrior):
         if not fits:
             raise CheckpointError("the checkpoint's context prior does not fit its architecture")
         rows = []
+        bias = self.biases[slot].clip(-ACTIVATION_LIMIT, ACTIVATION_LIMIT).astype(np.float32)
+        bound = np.abs(bias).astype(np.float64)
         blocks = np.split(self.weights[slot].astype(np.float64), len(codes), axis=1)
         for near, block in zip(contexts(self.vocabulary, slot), blocks, strict=True):
             products = self.embeddings[slot - near.back].astype(np.float64) @ block.T
             rounded = np.floor((products + (1 << (WEIGHT_BITS - 1))) / (1 << WEIGHT_BITS))
             rows.append(rounded.clip(-ACTIVATION_LIMIT, ACTIVATION_LIMIT))
+            bound += np.abs(rows[-1]).max(0)
+        if bound.max(initial=0) >= EXACT_LIMIT:
+            raise CheckpointError(
+                f"the first layer of the context prior's network {slot} exceeds exact arithmetic: use smaller "
+                "weights"
+            )
         starts = np.cumsum([0, *[count + 1 for count in codes]])[:-1]
         return _Layers(
             np.concatenate(rows).astype(np.float32),
             starts,
-            self.biases[slot].clip(-ACTIVATION_LIMIT, ACTIVATION_LIMIT).astype(np.float32),
+            bias,
             [layer.taps[0].T.contiguous().cpu().numpy() for layer in network],
             [layer.offset[:, 0].cpu().numpy() for layer in network],
         )

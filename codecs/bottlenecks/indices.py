@@ -228,16 +228,21 @@ class UniformPrior(IndexPrior):
         return [(shape[0] * shape[1], base) for base in self.vocabulary.sizes[depth - 1]]
 
 
+def require_modelled(name: str, vocabulary: Vocabulary) -> None:
+    """Raises UsageError, which speaks of the prior of that name, where a codebook is too large for a model."""
+    largest = max(map(max, vocabulary.sizes))
+    if largest > MOST_CODES:
+        raise UsageError(
+            f"prior {name!r} does not take codebooks of {largest}: choose 'uniform' or at most {MOST_CODES}"
+        )
+
+
 class ModelledPrior(IndexPrior):
     """A prior that has a row of frequencies for every position, from its neighbours."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         super().__init__(vocabulary)
-        largest = max(map(max, vocabulary.sizes))
-        if largest > MOST_CODES:
-            raise UsageError(
-                f"prior {self.name!r} does not take codebooks of {largest}: choose 'uniform' or at most {MOST_CODES}"
-            )
+        require_modelled(self.name, vocabulary)
 
     @abstractmethod
     def neighbours(self, slot: int) -> Sequence[Near]:

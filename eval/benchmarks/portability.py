@@ -1,11 +1,12 @@
 """Whether files decode to the same symbols everywhere.
 
-Every picture is encoded at every quality, and each file is decoded under many settings: one and two threads, oneDNN
-off, memory contiguous and channels-last, several payloads at once, reduced and full precision of the transforms, and
-on a CUDA GPU with and without TF32 where there is one. Compared are the integers that cross the border to the entropy
-coder: the table index of each symbol and the symbol. The first setting is the reference of the others, and what the
-encoder put in is the reference of all. Latents are these symbols dequantised in floating point, so they may differ in
-their last bits between devices, which concerns no other symbol; their largest difference is given.
+Every picture or sound is encoded at every quality, and each file is decoded under many settings: one and two threads,
+oneDNN off, memory contiguous and channels-last, several payloads at once, reduced and full precision of the
+transforms, and on a CUDA GPU with and without TF32 where there is one. Compared are the integers that cross the border
+to the entropy coder: the table index of each symbol and the symbol, or the plane of each codebook index and the index.
+The first setting is the reference of the others, and what the encoder put in is the reference of all. Latents are
+these symbols dequantised in floating point, so they may differ in their last bits between devices, which concerns no
+other symbol; their largest difference is given.
 
 `--write FOLDER` keeps files and digests of the encoder's integers, `--compare FOLDER` decodes them, on another machine
 for instance. Without either, files are written on the CPU, and on the GPU if there is one, and decoded on both.
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -30,16 +31,20 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from compand.audio_codec import AudioCodec
+from compand.bottlenecks.codebook import CodebookBottleneck
 from compand.checkpoint import CheckpointInfo
 from compand.coding import container
 from compand.coding.ans import AnsReader, AnsWriter
 from compand.coding.container import ImageGeometry
 from compand.coding.tables import TableSet
-from compand.errors import BitstreamError, UsageError
+from compand.errors import BitstreamError
 from compand.eval.benchmarks import program
 from compand.eval.provenance import markdown_table, provenance, write_results
 from compand.image_codec import ImageCodec, tile_rows
-from compand.pictures import read_picture
+from compand.pictures import is_image_path, read_picture
+from compand.sounds import is_sound_path, read_sound
+from compand.weights import build
 
 LEVELS = tuple(range(1, 9))
 DIGESTS = "symbols.json"
@@ -54,10 +59,10 @@ class Exchange(NamedTuple):
 
 
 class Payload(NamedTuple):
-    """One chunk of a file."""
+    """What a file holds of one tile, or of one group of channels of a segment."""
 
     file: str
-    chunk: int
+    number: int  # in the file
     data: bytes
     shape: tuple[int, int]  # rows and columns of its latents
     quality: int  # in 1/32 level
@@ -74,7 +79,7 @@ class Setting(NamedTuple):
     """How to decode."""
 
     name: str
-    codec: ImageCodec
+    codec: ImageCodec | AudioCodec
     threads: int = 1
     onednn: bool = True
     tf32: bool = False
@@ -115,9 +120,11 @@ class Outcome:
 
 @contextmanager
 def recorded() -> Iterator[dict[object, list[Exchange]]]:
-    """Records what every AnsWriter and AnsReader exchanges with its codec, in the order of their first exchange."""
+    """Records what every AnsWriter and AnsReader exchanges with its codec, in the order of their first exchange, and
+    the indices of every payload of codebooks."""
     streams: dict[object, list[Exchange]] = defaultdict(list)
     push, pull = AnsWriter.push, AnsReader.pull
+    compress, decompress = CodebookBottleneck.compress_indices, CodebookBottleneck.decompress_indices
 
     def note(coder: object, indexes: ArrayLike, symbols: ArrayLike) -> None:
         streams[coder].append(Exchange(np.array(indexes, dtype=np.uint16), np.array(symbols, dtype=np.int32)))
@@ -131,7 +138,25 @@ def recorded() -> Iterator[dict[object, list[Exchange]]]:
         note(self, indexes, values)
         return values
 
-    with patch.object(AnsWriter, "push", recording_push), patch.object(AnsReader, "pull", recording_pull):
+    def note_indices(grid: Tensor) -> None:
+        planes = np.arange(len(grid)).repeat(grid[0].numel())
+        note(object(), planes, grid.cpu().numpy().ravel())
+
+    def recording_compress(self: CodebookBottleneck, indices: Tensor, *args: Any, **options: Any) -> bytes:
+        note_indices(indices)
+        return compress(self, indices, *args, **options)
+
+    def recording_decompress(self: CodebookBottleneck, *args: Any, **options: Any) -> Tensor:
+        indices = decompress(self, *args, **options)
+        note_indices(indices)
+        return indices
+
+    with (
+        patch.object(AnsWriter, "push", recording_push),
+        patch.object(AnsReader, "pull", recording_pull),
+        patch.object(CodebookBottleneck, "compress_indices", recording_compress),
+        patch.object(CodebookBottleneck, "decompress_indices", recording_decompress),
+    ):
         yield streams
 
 
@@ -143,15 +168,19 @@ def digest(exchanges: Sequence[Exchange]) -> str:
     return hash_.hexdigest()
 
 
-def write(codec: ImageCodec, pictures: Sequence[Path], levels: Sequence[float], folder: Path) -> None:
-    """Encode pictures into a folder, with a digest for each chunk of what the encoder put in."""
+def write(
+    codec: ImageCodec | AudioCodec, sources: Sequence[Path], levels: Sequence[float], folder: Path
+) -> None:
+    """Encode pictures or sounds into a folder, with a digest for each payload of what the encoder put in."""
     folder.mkdir(parents=True, exist_ok=True)
     digests = {}
-    for path in pictures:
-        picture = read_picture(path, strip=True)
+    for path in sources:
         for level in levels:
             with recorded() as streams:
-                data = codec.encode(picture, quality=level)
+                if isinstance(codec, AudioCodec):
+                    data = codec.encode(read_sound(path), quality=level)
+                else:
+                    data = codec.encode(read_picture(path, strip=True), quality=level)
             name = f"{path.stem}-{level:g}.cpd"
             (folder / name).write_bytes(data)
             digests[name] = [digest(stream) for stream in streams.values()]
@@ -160,10 +189,23 @@ def write(codec: ImageCodec, pictures: Sequence[Path], levels: Sequence[float], 
     (folder / DIGESTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def files_of(folder: Path, medium: str) -> list[Path]:
+    """The pictures ("image") or sounds ("audio") of a folder, sorted by name."""
+    fits = is_image_path if medium == "image" else is_sound_path
+    return sorted(path for path in folder.glob("*") if fits(path))
+
+
+def built(info: CheckpointInfo, device: str, *, reduced: bool | None = None) -> ImageCodec | AudioCodec:
+    """The codec of a checkpoint; see `compand.weights.build`."""
+    codec = build(info, device, reduced=reduced)
+    assert isinstance(codec, (ImageCodec, AudioCodec))
+    return codec
+
+
 def settings(info: CheckpointInfo) -> list[Setting]:
     """All that this machine can do, the reference first."""
-    full, reduced = (program.image_codec(info, "cpu", reduced=flag) for flag in (False, True))
-    contiguous = program.image_codec(info, "cpu", reduced=False)
+    full, reduced = (built(info, "cpu", reduced=flag) for flag in (False, True))
+    contiguous = built(info, "cpu", reduced=False)
     contiguous.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # its stub lacks this argument
     result = [
         Setting("1 thread", full),
@@ -177,7 +219,7 @@ def settings(info: CheckpointInfo) -> list[Setting]:
         Setting("bfloat16 transforms", reduced),
     ]
     if torch.cuda.is_available():
-        gpu = program.image_codec(info, "cuda")
+        gpu = built(info, "cuda")
         result += [
             Setting("CUDA", gpu),
             Setting("CUDA, TF32", gpu, tf32=True),
@@ -186,12 +228,19 @@ def settings(info: CheckpointInfo) -> list[Setting]:
     return result
 
 
-def payloads_of(folder: Path, file: str, stride: int) -> list[Payload]:
-    """All chunks of a file. `stride`: pixels per latent."""
+def payloads_of(folder: Path, file: str, codec: ImageCodec | AudioCodec) -> list[Payload]:
+    """All payloads of a file, which the codec can decode."""
     content = container.read((folder / file).read_bytes())
     header, geometry = content.header, content.header.geometry
-    if not isinstance(geometry, ImageGeometry):
-        raise UsageError(f"{file} holds no picture")
+    if isinstance(codec, AudioCodec):
+        split = [codec._split(chunk or b"", header) for chunk in content.chunks]
+        pairs = [(data, (1, parts.columns)) for parts in split for data in parts.payloads]
+        return [
+            Payload(file, number, bytes(data), shape, header.settings[0])
+            for number, (data, shape) in enumerate(pairs)
+        ]
+    assert isinstance(geometry, ImageGeometry)
+    stride = codec.transform.stride
     tiles = [tile for row in tile_rows(geometry.height, geometry.width, header.chunk_size) for tile in row]
     return [
         Payload(file, tile.index, chunk or b"", tile.latent_shape(stride), header.settings[0])
@@ -230,6 +279,7 @@ def decode(setting: Setting, payloads: Sequence[Payload]) -> list[Decoded | None
             except BitstreamError:
                 result += [None] * len(batch)
                 continue
+        assert len(streams) == len(batch), "a codec whose payloads are not recorded"
         result += [Decoded(*item) for item in zip(streams.values(), y_hat, strict=True)]
     return result
 
@@ -239,7 +289,7 @@ def compare(folder: Path, ways: Sequence[Setting]) -> list[Outcome]:
     written = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
     groups: dict[tuple[tuple[int, int], int], list[Payload]] = defaultdict(list)
     for file in sorted(written["files"]):
-        for payload in payloads_of(folder, file, ways[0].codec.transform.stride):
+        for payload in payloads_of(folder, file, ways[0].codec):
             groups[payload.shape, payload.quality].append(payload)
     outcomes = [Outcome(written["written_on"], way.name) for way in ways]
     for payloads in groups.values():
@@ -247,7 +297,7 @@ def compare(folder: Path, ways: Sequence[Setting]) -> list[Outcome]:
         for way, outcome in zip(ways, outcomes, strict=True):
             decoded = reference if way is ways[0] else decode(way, payloads)
             for payload, *pair in zip(payloads, reference, decoded, strict=True):
-                outcome.add(payload, written["files"][payload.file][payload.chunk], *pair)
+                outcome.add(payload, written["files"][payload.file][payload.number], *pair)
     return outcomes
 
 
@@ -272,7 +322,7 @@ def render(outcomes: Sequence[Outcome]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = program.parser(__doc__ or "", "portability")
     program.add_codec(parser)
-    program.add_pictures(parser)
+    parser.add_argument("--data", type=Path, help="folder of pictures or sounds, whatever the codec is for")
     parser.add_argument("--levels", type=float, nargs="+", default=LEVELS, help="qualities (1 .. 8)")
     parser.add_argument("--device", default="cpu", help="of --write: auto, cpu or cuda (cpu)")
     modes = parser.add_mutually_exclusive_group()
@@ -282,10 +332,13 @@ def main(argv: list[str] | None = None) -> None:
     modes.add_argument("--compare", type=Path, metavar="FOLDER", help="decode what --write left there")
     arguments = parser.parse_args(argv)
     if not (arguments.compare or arguments.data):
-        parser.error("the pictures are missing: give their folder with --data")
+        parser.error("the files are missing: give their folder with --data")
+    sources = files_of(arguments.data, arguments.codec.medium) if arguments.data else []
+    if arguments.data and not sources:
+        parser.error(f"{arguments.data} holds nothing for a codec of medium {arguments.codec.medium}")
     if arguments.write:
-        codec = program.image_codec(arguments.codec, arguments.device)
-        write(codec, arguments.data, arguments.levels, arguments.write)
+        codec = built(arguments.codec, arguments.device)
+        write(codec, sources, arguments.levels, arguments.write)
         return
     program.parse(parser, argv)
     ways = settings(arguments.codec)
@@ -296,10 +349,10 @@ def main(argv: list[str] | None = None) -> None:
         outcomes = []
         with tempfile.TemporaryDirectory() as folder:
             for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-                codec = program.image_codec(arguments.codec, device)
-                write(codec, arguments.data, arguments.levels, Path(folder, device))
+                codec = built(arguments.codec, device)
+                write(codec, sources, arguments.levels, Path(folder, device))
                 outcomes += compare(Path(folder, device), ways)
-        data = f"{program.folder_of(arguments.data)}, {len(arguments.levels)} qualities"
+        data = f"{len(sources)} files of {sources[0].parent.name}, {len(arguments.levels)} qualities"
     report = render(outcomes)
     results = [asdict(o) | {"files": len(o.files), "wrong_files": sorted(o.wrong_files)} for o in outcomes]
     origin = provenance(f"{data}, checkpoint {arguments.codec.name} ({arguments.codec.symbols.hex()})")

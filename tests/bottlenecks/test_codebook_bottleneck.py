@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compand.bottlenecks import codebook
 from compand.bottlenecks.codebook import LENGTH, PRIORS, CodebookBottleneck
 from compand.codec import QUALITY_STEPS
 from compand.errors import BitstreamError, CheckpointError, UsageError
@@ -374,3 +375,46 @@ def test_noise_is_refused_or_decodes_to_indices(kind, packets):
             except BitstreamError:
                 continue
             assert found.shape == (1, 6, 9) and found.max() < 64 and found.min() >= (-1 if erasures else 0)
+
+
+@every_kind
+@pytest.mark.parametrize("packets", [2, 3, 6])
+def test_packets_tell_what_a_damaged_head_was(kind, packets):
+    bottleneck, grid, payload = framed(kind, packets)
+    for value in range(256):
+        damaged = bytes([value]) + payload[1:]
+        if value != payload[0]:
+            with pytest.raises(BitstreamError):
+                bottleneck.decompress_indices(damaged, (6, 9), 96)
+        assert torch.equal(bottleneck.decompress_indices(damaged, (6, 9), 96, erasures=True), grid)
+    # With a packet lost besides, whose length is damaged too.
+    both = bytes([payload[0] ^ 0x40]) + payload[1:-1] + bytes([payload[-1] ^ 1])
+    if packets > 2:
+        found = bottleneck.decompress_indices(both, (6, 9), 96, erasures=True)
+        assert torch.equal(found[:, :4], grid[:, :4]) and bool((found[:, -1] == -1).all())
+
+
+def test_forged_lengths_do_not_cost_time(monkeypatch):
+    """Work is bounded by the size of indices and not by that of the file, nor by the number of packets."""
+    bottleneck = frozen("static", RVQ, 1)
+    worked: list[int] = []
+    checksum = codebook._checksum
+
+    def counted_checksum(head, number, body):
+        worked.append(len(body) + codebook.CHECK_BYTES)
+        return checksum(head, number, body)
+
+    monkeypatch.setattr(codebook, "_checksum", counted_checksum)
+    for length in (3, 700, 15_000):
+        packed = LENGTH.pack(length)
+        payload = codebook.HEAD.pack(4 * 255 + 1) + (packed * 30_000)[:30_000]
+        found = bottleneck.decompress_indices(payload, (1, 410), 96, erasures=True)
+        assert bool((found == -1).all())
+        assert sum(worked) < 3 * codebook.EFFORT
+        assert max(worked, default=0) <= codebook.CHECK_BYTES + 3 * 410
+        worked.clear()
+
+
+def test_a_codebook_too_large_for_the_prior_is_told_by_its_name():
+    with pytest.raises(UsageError, match="'context' does not take codebooks of 5000"):
+        CodebookBottleneck(CHANNELS, {"kind": "vq", "size": 5000}, {"kind": "context"})

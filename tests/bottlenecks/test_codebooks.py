@@ -700,3 +700,16 @@ def test_indices_that_do_not_exist(quantiser: Quantiser) -> None:
 
 def test_every_kind_is_tested() -> None:
     assert {options["kind"] for options in ARRANGEMENTS.values()} == set(KINDS)
+
+
+def test_codes_far_from_zero_are_told_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-50, 50, (64, 4), generator=generator).float() + 30_000
+    vectors = codes[torch.randint(64, (200,), generator=generator)] + torch.rand(200, 4, generator=generator)
+    expected = torch.cdist(vectors.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    assert torch.equal(nearest(vectors, codes), expected.argmin(1))
+
+
+def test_grids_of_too_many_codes_are_refused() -> None:
+    with pytest.raises(UsageError, match="4294967296 codes are too large"):
+        build("fsq", 4, levels=[65536, 65536])

@@ -384,3 +384,15 @@ def test_context_networks_of_another_shape():
     with pytest.raises(CheckpointError):
         ContextPrior.from_arrays(RESIDUAL, arrays)
     assert index_context.MOST_INTEGERS == 1_200_000
+
+
+def test_sums_beyond_exact_arithmetic_are_refused():
+    """Neighbours of many planes, each within its limit, together reach what float32 does not count."""
+    vocabulary = Vocabulary(tuple((4,) * planes for planes in range(1, 37)), False)
+    large = IndexNetworks(vocabulary, 8, 16)
+    with torch.no_grad():
+        for embedding, first in zip(large.embeddings, large.first, strict=True):
+            embedding.weight.fill_(31.0)
+            first.weight.fill_(1.025)
+    with pytest.raises(CheckpointError, match="exceeds exact arithmetic"):
+        ContextPrior.from_networks(large)

@@ -5,30 +5,31 @@ from __future__ import annotations
 import csv
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+
+from compand import cli
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_example_from_a_folder_to_a_classifier(tmp_path):
+def test_the_example_from_a_folder_to_a_classifier(tmp_path, monkeypatch):
     chapter = (ROOT / "codecs" / "data" / "README.md").read_text(encoding="utf-8")
     section = chapter.split("## From a folder to a trained classifier")[1].split("\n## ")[0]
     (script,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     (commands,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     (tmp_path / "train").symlink_to(ROOT / "train")
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script, "README.md", "exec"), {"__name__": "__main__"})
     lines = commands.strip().splitlines()
     assert [line.split()[:2] for line in lines] == [
         ["compand", name] for name in ("pack", "pack", "info", "train")
     ]
     for line in lines:
-        arguments = shlex.split(line.replace("--trainer.max_steps 100", "--trainer.max_steps 50"))[1:]
-        command = "import sys; from compand.cli import main; main(sys.argv[1:])"
-        subprocess.run(
-            [sys.executable, "-c", command, *arguments], cwd=tmp_path, check=True, capture_output=True
-        )
+        with pytest.raises(SystemExit) as end:
+            cli.main(shlex.split(line.replace("--trainer.max_steps 100", "--trainer.max_steps 50"))[1:])
+        assert end.value.code == 0
     assert (tmp_path / "grid.png").stat().st_size > 10000
     (metrics,) = tmp_path.glob("runs/*/*/metrics.csv")
     with metrics.open(newline="") as file:

@@ -19,6 +19,9 @@ from compand.pictures import Picture
 LOG = "COMPAND_TEST_LOG"
 """Environment variable that names a file for a line per encoding."""
 
+PAUSE = "COMPAND_TEST_PAUSE"
+"""Environment variable with the seconds that `slow` takes for a picture."""
+
 KILLS_ENCODER, KILLS_DECODER, DAMAGED, WRONG_SIZE, UNFIT, HANGS = 201, 202, 203, 204, 205, 206
 """Red values of the first pixel with which `faulty` fails."""
 
@@ -79,14 +82,14 @@ remembered: Picture | None = None
 
 
 class Slow(Raw):
-    """Takes its time, and logs what it encodes."""
+    """Takes its time where that is asked for, and logs what it encodes."""
 
     name = "slow"
 
     def encode(self, signal, quality):
         with open(os.environ[LOG], "a", encoding="utf-8") as log:
             log.write(f"{signal.pixels[0, 0].tolist()} {quality:g}\n")
-        time.sleep(0.1)
+        time.sleep(float(os.environ.get(PAUSE, "0")))
         return super().encode(signal, quality)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import texture_plugin  # noqa: F401 (registers the task)
 import texture_task
 import torch
 from PIL import Image
@@ -55,7 +56,7 @@ def options(place) -> Options:
         model=str(place / "texture-v1"),
         lossy_models=(str(place / "robust-v1"),),
         examples=1,
-        plugins=("texture_task",),
+        plugins=("texture_plugin",),
         jobs=1,
         quiet=True,
     )

@@ -11,9 +11,10 @@ from PIL import Image
 from compand import checkpoint
 from compand.eval.benchmarks import portability
 from compand.eval.benchmarks.portability import Setting
+from compand.sounds import Sound
 
 
-@pytest.fixture(scope="module", params=["hyperprior", "factorized"])
+@pytest.fixture(scope="module", params=["hyperprior", "factorized", "context"])
 def name(request) -> str:
     return request.param
 
@@ -98,3 +99,26 @@ def test_writes_and_compares_from_the_command_line(checkpoint_of, pictures, tmp_
     with pytest.raises(SystemExit):
         portability.main([*common, "--compare", written, "-o", str(results)])
     assert "--force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("medium", ["image", "audio"])
+def test_codebook_indices_are_compared(token_checkpoints, medium, pictures, tmp_path):
+    info = checkpoint.read_info(token_checkpoints[medium])
+    if medium == "audio":
+        samples = np.random.default_rng(0).normal(0, 0.1, (2, 9000)).astype(np.float32)
+        Sound(samples, 16000).save(tmp_path / "noise.wav")
+        sources = portability.files_of(tmp_path, "audio")
+    else:
+        sources = pictures[:2]
+    codec = portability.built(info, "cpu")
+    portability.write(codec, sources, (1, 3), tmp_path / "files")
+    ways = [Setting("one", codec), Setting("several", codec, batch=2)]
+    for outcome in portability.compare(tmp_path / "files", ways):
+        assert len(outcome.files) == 2 * len(sources) and outcome.symbols > 100
+        assert outcome.differing_symbols == 0 and not outcome.wrong_files
+    digests = json.loads((tmp_path / "files" / portability.DIGESTS).read_text())
+    assert all(digests["files"].values())
+    first = sorted(digests["files"])[0]
+    digests["files"][first][0] = 64 * "0"
+    (tmp_path / "files" / portability.DIGESTS).write_text(json.dumps(digests))
+    assert portability.compare(tmp_path / "files", ways[:1])[0].wrong_files == {first}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from foreign_codecs import DAMAGED, KILLS_DECODER, KILLS_ENCODER, LOG, UNFIT, WRONG_SIZE
+from foreign_codecs import DAMAGED, KILLS_DECODER, KILLS_ENCODER, LOG, PAUSE, UNFIT, WRONG_SIZE
 from PIL import Image
 
 from compand import cli as library_cli
@@ -440,6 +440,7 @@ def start(data: Path, out: Path, log: Path) -> subprocess.Popen:
         "PYTHONPATH": str(Path(__file__).parent),
         "OMP_NUM_THREADS": "1",
         LOG: str(log),
+        PAUSE: "0.1",
         "TMPDIR": str(log.parent),  # what a killed process leaves there
     }
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from compand.errors import MediaError
 from compand.eval.items import Item
-from compand.eval.perception import models, task
+from compand.eval.perception import models
 from compand.eval.perception.task import ClassificationTask, TaskItem
 
 LABELS = ("smooth", "textured")
@@ -75,4 +75,3 @@ def make_crops(pictures: list[np.ndarray], folder: Path, size: int = 64, count: 
 
 
 models.register_network("texture-network", f"{__name__}:TextureNetwork")
-task.register("texture", f"{__name__}:Texture")
