@@ -151,7 +151,7 @@ def test_library_imports_no_training_code():
 @pytest.mark.parametrize("command", ["--help", "codecs"])
 def test_quick_start(command):
     seconds = []
-    for _ in range(5):
+    for _ in range(3):
         start = time.perf_counter()
         subprocess.run([sys.executable, "-m", "compand.cli", command], capture_output=True, check=True)
         seconds.append(time.perf_counter() - start)

@@ -111,7 +111,7 @@ def test_through_fsspec_and_after_an_interruption(cluster, pictures, packed_here
     index, records = packing.todo()[2]
     pack.pack_chunk(packing.spec, index, records)
     reports = []
-    ray_engine.pack(begin(pictures, target), progress=reports.append)
+    ray_engine.pack(begin(pictures, target), workers=1, progress=reports.append)
     assert sorted(report.index for report in reports) == [0, 1, 3, 4, 5]
     assert contents(tmp_path / "set") == contents(packed_here)
     assert ray_engine.pack(begin(pictures, target)).rows == PICTURES  # complete: nothing to do
