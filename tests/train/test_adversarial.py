@@ -142,7 +142,8 @@ def test_gradients_are_those_of_the_whole_loss():
     judging = torch.autograd.grad(judged, list(own.values()))
     expected |= {f"discriminators.0.{name}": g for name, g in zip(own, judging, strict=True)}
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-7)
+        # Float32 sums in another order: what is small beside the largest number of a tensor is known less well.
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
 
 
 def test_before_quantisation_the_bottleneck_does_not_learn():
