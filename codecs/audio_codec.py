@@ -663,11 +663,19 @@ class AudioCodec(Codec):
         lengths = [LENGTH.unpack(source) for _ in range(groups - 1)]
         payloads = [source.take(length) for length in lengths]
         payloads.append(source.take(len(source.view) - source.offset))
-        parts = [self._concealed(payload, (1, columns), header.settings[0]) for payload in payloads]
-        fact = f"{max(lost for _, lost in parts)} of {columns} positions are estimated"
+        intact: dict[int, tuple[Tensor, int]] = {}
+        for group, payload in enumerate(payloads):
+            with suppress(BitstreamError):
+                intact[group] = self._concealed(payload, (1, columns), header.settings[0])
+        if not intact:
+            raise BitstreamError("no packet is intact")
+        # For a group that is lost as a whole the nearest one: channels of a sound are alike.
+        taken = [min(intact, key=lambda other: abs(other - group)) for group in range(groups)]
+        lost = max(lost for _, lost in intact.values()) if len(intact) == groups else columns
         content.damage[:] = [fault for fault in content.damage if fault.chunk != index]
+        fact = f"{lost} of {columns} positions are estimated"
         content.damage.append(BitstreamError(fact, chunk=index, offset=start))
-        return _Segment(torch.stack([latents for latents, _ in parts]), loud, final)
+        return _Segment(torch.stack([intact[group][0] for group in taken]), loud, final)
 
     def _parts(self, content: Container, index: int) -> _Parts:
         """What a chunk of a file consists of. Raises BitstreamError unless it is intact and fits its place."""

@@ -99,7 +99,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A test draws the same numbers whichever tests ran before it in its process, so that what fails once fails again."""
+    """A test draws the same numbers whichever tests ran before it in its process: what fails once fails again."""
     seed = crc32(item.nodeid.encode())
     np.random.seed(seed)
     if torch := sys.modules.get("torch"):

@@ -245,6 +245,23 @@ def test_damage_costs_a_packet_of_a_sound(sounds, channels, monkeypatch):
     assert np.array_equal(np.concatenate(list(blocks), axis=1), concealed.samples)
 
 
+def test_a_channel_that_is_lost_takes_its_neighbour(sounds, monkeypatch):
+    monkeypatch.setattr(audio_codec, "SEGMENT", 4096)
+    generator = np.random.default_rng(0)
+    samples = np.stack([np.tile(note(generator), 4)[:9000] for _ in range(2)]).astype(np.float32)
+    data = sounds.encode(Sound(samples, 16000), quality=4, packets=1)
+    content, intact = container.read(data), sounds.decode(data)
+    margin = sounds.transform.context
+    inner = slice(4096 + margin, 8192 - margin)
+    end = content.offsets[1] + content.lengths[1]
+    for place, kept in ((end - 3, 0), (end - content.lengths[1] // 2 - 8, 1)):
+        concealed = sounds.decode(damaged(data, place), conceal=True)
+        assert "128 of 128 positions are estimated" in str(concealed.damage[0])
+        for channel in range(2):
+            found, expected = concealed.samples[channel, inner], intact.samples[kept, inner]
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_random_damage_never_surprises(pictures, sounds, scenery):
     generator = np.random.default_rng(3)
     files = (

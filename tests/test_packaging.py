@@ -134,7 +134,7 @@ def run_python(code: str) -> str:
     ],
 )
 def test_light_imports_stay_light(code):
-    heavy = ("torch", "numpy", "PIL", "rich", "matplotlib", "lightning", "compressai", "scipy")
+    heavy = ("torch", "numpy", "PIL", "rich", "matplotlib", "lightning", "compressai", "scipy", "numba")
     loaded = run_python(f"import sys\n{code}\nprint([name for name in {heavy} if name in sys.modules])")
     assert loaded.strip() == "[]"
 

@@ -17,7 +17,8 @@ Symbols of one table are coded in one call, which is what makes the coder fast; 
 within the processor's cache. Words are little-endian and the zero bytes that end the last one are left out.
 The writer starts from FIRST_STATE, so that is where a reader must end; no bytes at all mean this state.
 
-constriction does the work where it is installed, `compand.coding.ans_reference` elsewhere, on the same bytes.
+constriction does the work where it is installed, `compand.coding.ans_reference` elsewhere, on the same bytes;
+`compand.coding.ans_compiled` reads runs of many short streams.
 """
 
 from __future__ import annotations
@@ -154,14 +155,8 @@ class AnsReader:
     """
 
     def __init__(self, data: bytes | bytearray | memoryview, backend: str = BACKEND) -> None:
-        content = bytes(data)
-        if content.endswith(b"\0"):
-            raise BitstreamError("entropy-coded data ends in a zero byte: the file is damaged")
-        if not content:
-            content = FIRST_STATE.to_bytes(4, "little")
-        words = np.frombuffer(content + bytes(-len(content) % 4), dtype="<u4").astype(np.uint32)
         self._backend = _backend(backend)
-        self._coder = self._backend.coder(words)
+        self._coder = self._backend.coder(stack_of(data))
 
     def pull(self, indexes: ArrayLike, tables: TableSet) -> NDArray[np.int32]:
         """Return the next values, int32 [N], which the writer pushed with the same indexes [N] and tables.
@@ -209,6 +204,16 @@ class AnsReader:
         words = self._coder.words()
         if words.size != 1 or words[0] != FIRST_STATE:
             raise BitstreamError("entropy-coded data does not end with its last symbol: the file is damaged")
+
+
+def stack_of(data: bytes | bytearray | memoryview) -> NDArray[np.uint32]:
+    """The words of a stream. Raises BitstreamError if it ends in a zero byte, which no writer leaves."""
+    content = bytes(data)
+    if content.endswith(b"\0"):
+        raise BitstreamError("entropy-coded data ends in a zero byte: the file is damaged")
+    if not content:
+        content = FIRST_STATE.to_bytes(4, "little")
+    return np.frombuffer(content + bytes(-len(content) % 4), dtype="<u4").astype(np.uint32)
 
 
 class _Groups(NamedTuple):

@@ -7,8 +7,8 @@ all channels of a cell place share a class; (class, channel) --> table --> one s
 ```
 
 What the classes tell, how busy a place is, is what a hyperprior tells with a network; here a look-up does. Blocks of
-neighbours as one symbol take their joint statistics into account and make decoding fast: the coder is called once a
-table, and everything else is a few operations on whole arrays.
+neighbours as one symbol take their joint statistics into account and make decoding fast, see
+`compand.data.archive_decoder`.
 
 Tables hold integers alone, so that a payload decodes alike on every machine.
 """
@@ -20,14 +20,17 @@ import math
 import zlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compand.coding.ans import AnsReader, AnsWriter
+from compand.coding.ans import AnsWriter, stack_of
 from compand.coding.tables import PRECISION, TableSet
 from compand.errors import BitstreamError, PackedSetError, UsageError
+
+if TYPE_CHECKING:
+    from compand.data.archive_decoder import Decoder
 
 CLASSES = 32
 TABLES = 12
@@ -130,11 +133,7 @@ class ArchiveTables:
         frequencies = [_frequencies(cost[order]) for cost, order in zip(costs, orders, strict=True)]
         self._tables = TableSet(frequencies, np.zeros(len(costs), dtype=np.int32))
         self._ranks = [order.argsort().astype(np.int32) for order in orders]
-        # Damaged data may decode to a class after the last.
-        self._by_channel = np.ascontiguousarray(np.vstack([assigned, assigned[-1:]]).T)
-        values = [_values(shape, order) for shape, order in zip(shapes, orders, strict=False)]
-        self._starts = np.cumsum([0, *map(len, values)])[:-1].astype(np.int32)
-        self._blocks = np.concatenate(values).view("u4").ravel()
+        self._values = [_values(shape, order) for shape, order in zip(shapes, orders, strict=False)]
         least = self._tables.least_bits
         self._least_bits = float(least[len(shapes)] + BLOCKS * least[assigned].sum(1).min())  # of a place
         shifts = [SHAPES[shape][1] for shape in shapes]
@@ -157,7 +156,7 @@ class ArchiveTables:
             )
         blocks = _to_blocks(self._residuals(integers, layout), layout)
         classes = self._classify(blocks)
-        tables = self._by_channel[:, classes].ravel()
+        tables = self.assigned.T[:, classes].ravel()
         order = tables.argsort(kind="stable")
         counts = np.bincount(tables, minlength=len(self.shapes))
         ends = np.concatenate([[0], np.cumsum(counts)])
@@ -194,54 +193,20 @@ class ArchiveTables:
         if 8 * len(payload) + SLACK_BITS < layout.places * self._least_bits:
             raise BitstreamError(f"{len(payload)} bytes cannot hold {math.prod(shape)} integers")
         length, place = _read_varint(payload, 1)
-        reader = AnsReader(payload[place + length :])
-        classes = reader.pull_runs([(len(self.shapes), layout.places)], self._tables)
-        tables = self._by_channel.take(classes, axis=1).ravel()
-        order = tables.argsort(kind="stable")
-        counts = np.bincount(tables, minlength=len(self.shapes))
-        runs = [run for run in enumerate((counts * BLOCKS).tolist()) if run[1]]
-        symbols = reader.pull_runs(runs, self._tables)
-        blocks = self._assemble(reader, symbols, counts, payload[place : place + length])
-        reader.finish()
-        cells = np.empty(order.size, dtype="c16")
-        cells[order] = blocks.view("c16")
-        return self._restored(_from_blocks(cells, layout)).reshape(shape)
+        low_bits, words = payload[place : place + length], stack_of(payload[place + length :])
+        cells = layout.groups, layout.down, layout.across, layout.cell_rows
+        whole = self._decoder.decode(words, low_bits, *cells)
+        return whole[..., : layout.rows, : layout.columns].reshape(shape)
 
-    def _assemble(
-        self,
-        reader: AnsReader,
-        symbols: NDArray[np.int32],
-        counts: NDArray[np.intp],
-        low_bits: bytes | memoryview,
-    ) -> NDArray[np.uint32]:
-        """Blocks of 4 residuals from the symbols of all tables in turn; takes what escaped from the reader."""
-        escaped = np.flatnonzero(symbols == 0)
-        symbols += np.repeat(self._starts, BLOCKS * counts)
-        blocks = self._blocks.take(symbols, mode="clip")
-        self._add_low_bits(blocks.view("u1"), counts, low_bits)
-        if escaped.size:
-            values = reader.pull_runs([(len(self.shapes) + 1, BLOCK * escaped.size)], self._tables)
-            blocks[escaped] = (values - 128).astype("i1").view("u4")
-        return blocks
+    @cached_property
+    def _decoder(self) -> Decoder:
+        # Not at the top of the module, as it loads a compiler.
+        from compand.data.archive_decoder import Decoder
 
-    def _add_low_bits(
-        self, residuals: NDArray[np.uint8], counts: NDArray[np.intp], low_bits: bytes | memoryview
-    ) -> None:
-        """Puts the bits that symbols leave away below the others."""
-        ends = [0, *np.cumsum(counts * CELL).tolist()]
-        spans = [(residuals[ends[start] : ends[stop]], shift) for start, stop, shift in self._shifted]
-        wanted = sum(span.size * shift for span, shift in spans)
-        if -(-wanted // 8) != len(low_bits):
-            raise BitstreamError(
-                f"the payload has {len(low_bits)} bytes of low bits where {-(-wanted // 8)} are due"
-            )
-        bits = np.unpackbits(np.frombuffer(low_bits, dtype=np.uint8))
-        place = 0
-        for span, shift in spans:
-            for _ in range(shift):
-                span <<= 1
-                span |= bits[place : place + span.size]
-                place += span.size
+        # Damaged data may decode to a class after the last.
+        assigned = np.vstack([self.assigned, self.assigned[-1:]])
+        shifts = [SHAPES[shape][1] for shape in self.shapes]
+        return Decoder(self._tables, assigned, self._values, shifts, self.predicted)
 
     # -------------------------------------------------------------------------------------------- prediction
 
@@ -249,16 +214,6 @@ class ArchiveTables:
         """[groups, M, rows, columns]; differences wrap around in 8 bits."""
         x = integers.astype(np.int8).reshape(layout[:4])
         return _predicted(x, self.predicted)
-
-    def _restored(self, residuals: NDArray[np.int8]) -> NDArray[np.int8]:
-        if self.predicted:
-            chosen = list(self.predicted)
-            # One sum over everything in a row, in 32 bits, is far faster than many short ones in 8.
-            planes = residuals[:, chosen].astype(np.int32)
-            sums = planes.ravel().cumsum(dtype=np.int32).reshape(planes.shape)
-            sums += (planes[..., 0].cumsum(axis=2, dtype=np.int32) - sums[..., 0])[..., None]
-            residuals[:, chosen] = sums
-        return residuals
 
     # ---------------------------------------------------------------------------------------------- classes
 
@@ -509,17 +464,6 @@ def _to_blocks(residuals: NDArray[np.int8], layout: Layout) -> NDArray[np.int8]:
     x = np.pad(residuals, ((0, 0), (0, 0), (0, padding[0]), (0, padding[1])))
     x = x.reshape(layout.groups, layout.channels, layout.down, high, layout.across, wide)
     return np.ascontiguousarray(x.transpose(1, 0, 2, 4, 3, 5)).reshape(layout.channels, layout.places, CELL)
-
-
-def _from_blocks(cells: NDArray[np.complex128], layout: Layout) -> NDArray[np.int8]:
-    """Inverse of `_to_blocks`; the cells [M * places] as one number each, which moves them fastest."""
-    high = layout.cell_rows
-    runs = cells.view("u4").reshape(
-        layout.channels, layout.groups, layout.down, layout.across, high, BLOCK // high
-    )
-    whole = np.ascontiguousarray(runs.transpose(1, 0, 2, 4, 3, 5))
-    x = whole.view("i1").reshape(layout.groups, layout.channels, layout.down * high, -1)
-    return np.ascontiguousarray(x[:, :, : layout.rows, : layout.columns])
 
 
 def _equal_runs(values: Sequence[int]) -> list[tuple[int, int]]:

@@ -217,7 +217,8 @@ class PackedDataset(Dataset[Item]):
             if numbers is not None and self._crop is not None:
                 try:
                     window: Any = (..., *self._crop.window(shape[-self.axes :], numbers))
-                    grid = grid[window]
+                    # A copy: what the window was cut from is large, and goes while the processor's cache still has it.
+                    grid = grid[window].copy()
                 except UsageError as error:
                     name, key = self.reader.place(index)
                     raise UsageError(f"{error} (shard {name}, key {key})") from None

@@ -258,8 +258,7 @@ class Shard:
     def value(self, name: str, row: int) -> Any:
         """A value as Python has it."""
         group, place = self.group_of(row)
-        values = self.values(name, group)
-        return values[place].item() if isinstance(values, np.ndarray) else values[place].as_py()
+        return _item(self.values(name, group), place)
 
     def whole(self, name: str) -> NDArray[Any] | pa.ChunkedArray:
         """A whole column, as `values`; it is not kept."""
@@ -273,9 +272,9 @@ class Shard:
         chunks = ([pa.array(part, kind)] if isinstance(part, np.ndarray) else part.chunks for part in parts)
         return pa.chunked_array(list(chain.from_iterable(chunks)), kind)
 
-    def check(self, row: int) -> None:
+    def check(self, row: int, payload: memoryview) -> None:
         """Raises PackedSetError unless the payload of a row has its checksum."""
-        if zlib.crc32(self.payload(row)) != self.value("crc", row):
+        if zlib.crc32(payload) != self.value("crc", row):
             raise PackedSetError(
                 "the payload does not match its checksum: restore the shard or pack the set again",
                 shard=self.name,
@@ -460,10 +459,12 @@ class PackedReader:
     def payload(self, index: int) -> memoryview:
         """The payload of a row, in the mapped file. Raises PackedSetError if its checksum is another."""
         number, row = self._locate(index)
-        shard = self._shard(number)
+        return self._payload(number, self._shard(number), row)
+
+    def _payload(self, number: int, shard: Shard, row: int) -> memoryview:
         payload = shard.payload(row)
         if self.verify:
-            shard.check(row)
+            shard.check(row, payload)
         self._reads += 1
         self._read_from.add(number)
         if self._reads >= _READS_A_RELEASE:
@@ -488,10 +489,9 @@ class PackedReader:
         record: dict[str, Any] = {}
         for name in self.columns if columns is None else columns:
             if name == "payload":
-                record[name] = self.payload(index)
+                record[name] = self._payload(number, shard, row)
             else:
-                value = shard.values(name, group)[place]
-                record[name] = value.item() if isinstance(value, np.generic) else value.as_py()
+                record[name] = _item(shard.values(name, group), place)
         return record
 
     def take(self, indices: Iterable[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -556,6 +556,11 @@ class PackedReader:
             fact = f"{shard.path} has {shard.rows} rows, the index says {self._counts[number]}"
             raise PackedSetError(f"{fact}: restore it or pack the set again", shard=shard.name)
         return shard
+
+
+def _item(values: NDArray[Any] | pa.ChunkedArray, place: int) -> Any:
+    """A value of `Shard.values` as Python has it."""
+    return values.item(place) if isinstance(values, np.ndarray) else values[place].as_py()
 
 
 def check_set(path: str | Path | Sequence[str | Path]) -> list[PackedSetError]:

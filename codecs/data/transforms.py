@@ -256,9 +256,8 @@ class Flip(LatentTransform):
         if not len(chosen):
             return latents
         items = torch.from_numpy(chosen)
-        around = F.pad(latents[items], (1, 1, 0, 0), mode="replicate")
-        latents[items] = F.conv2d(around, self.kernel).flip(-1)
-        return latents
+        around = F.pad(latents.index_select(0, items), (1, 1, 0, 0), mode="replicate")
+        return latents.index_copy_(0, items, F.conv2d(around, self.kernel).flip(-1))
 
 
 @torch.inference_mode()
