@@ -30,7 +30,7 @@ class ContextCodec(ImageCodec):
         levels: number of quality levels.
         trainable: False leaves out what only training needs (and compressai with it).
         transform: further arguments of `PatchTransform`.
-        context: further arguments of `ContextBottleneck`: slices, contexts and widths.
+        context: further arguments of `ContextBottleneck`: slices, contexts and sizes.
     """
 
     codec_id = 8
@@ -49,15 +49,14 @@ class ContextCodec(ImageCodec):
         context: dict[str, Any] | None = None,
     ) -> None:
         lambdas = geometric_levels(lambda_range[0], lambda_range[1], levels)
+        bottleneck = ContextBottleneck(
+            latent_channels, lambdas, hyper_channels, hyper_widths, trainable, **(context or {})
+        )
         super().__init__(
-            PatchTransform(latent_channels, stages, levels, **(transform or {})),
-            ContextBottleneck(
-                latent_channels, lambdas, hyper_channels, hyper_widths, trainable, **(context or {})
-            ),
-            lambdas,
+            PatchTransform(latent_channels, stages, levels, **(transform or {})), bottleneck, lambdas
         )
         self.architecture = shared_architecture(latent_channels, stages, lambda_range, levels, transform) | {
             "hyper_channels": hyper_channels,
             "hyper_widths": list(hyper_widths),
-            "context": dict(context or {}),
+            "context": bottleneck.arrangement,
         }

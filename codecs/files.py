@@ -137,6 +137,8 @@ def expand(
                 inputs.extend(found)
             elif path.exists():
                 inputs.append(Input(path, PurePath(path.name)))
+            elif "://" in argument:
+                failures.append(Failure(argument, f"{argument} is not on this machine: copy it here first"))
             else:
                 failures.append(Failure(str(path), f"{path}: no such file; check the path"))
     return _once(inputs), failures

@@ -108,6 +108,9 @@ def test_bad_inputs_and_wrong_calls(pictures, capsys):
     ):
         assert run(*arguments) == 2
         assert fact in capsys.readouterr().err
+    for arguments in (("info", "s3://bucket/set"), ("unpack", "s3://bucket/set", "new")):
+        assert run(*arguments) == 1
+        assert "s3://bucket/set is not on this machine" in capsys.readouterr().err
     assert not Path("new").exists()
 
 

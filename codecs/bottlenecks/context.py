@@ -161,7 +161,7 @@ class ContextBottleneck(HyperpriorBottleneck):
             - local: the anchors within 5x5 positions;
             - global_intra: attention of the other positions to anchors, alike where the slice before is alike;
             - global_hyper: the same for the first slice, alike where H is alike;
-            - reweighting: a gate for each channel of these contexts, from its mean over the picture;
+            - reweighting: a gate for each channel of these contexts, from its mean over the half that is coded;
             - residual_prediction: the correction of y_hat, half a quantisation step at most.
 
             Without local, global_intra and global_hyper, slices are coded in one piece.
@@ -421,6 +421,19 @@ class ContextBottleneck(HyperpriorBottleneck):
         for layer in first:
             hyper = layer(hyper)
         return hyper[..., : shape[0], : shape[1]], last(hyper)[..., : shape[0], : shape[1]]
+
+    @property
+    def arrangement(self) -> dict[str, Any]:
+        """The arguments slices, contexts and sizes, whichever of them were left to their defaults: what a checkpoint
+        says of itself must not depend on these."""
+        return {
+            "slices": [part.stop - part.start for part in self.slices],
+            "contexts": [name for name in CONTEXTS if name in self.contexts],
+            "sizes": {
+                name: list(size) if isinstance(size, Sequence) else size
+                for name, size in self.sizes._asdict().items()
+            },
+        }
 
     def halves(self, part: Slice) -> int:
         """Steps in which a slice is coded."""

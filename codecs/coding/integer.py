@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -159,7 +160,8 @@ class IntegerConvolution(nn.Module):
         size = batch * rows * columns
         flat = x.values.reshape(-1, size) if self.kernel == (1, 1) else self._framed(x, size)
         total: Tensor | None = None
-        for tap, (row, column) in zip(self.taps, np.ndindex(*self.kernel), strict=True):
+        places = product(range(self.kernel[0]), range(self.kernel[1]))
+        for tap, (row, column) in zip(self.taps, places, strict=True):
             moved = flat.narrow(1, row * columns + column, size)
             total = torch.addmm(self.offset, tap, moved) if total is None else total.addmm_(tap, moved)
         assert total is not None

@@ -34,6 +34,7 @@ from compand.data.info import FORMAT
 from compand.data.info import SetInfo as SetInfo
 from compand.data.payload import RowCodec as RowCodec
 from compand.data.payload import learn_tables as learn_tables
+from compand.data.storage import is_remote
 from compand.errors import CompandError, PackedSetError, UsageError
 
 INDEX = "packed.json"
@@ -430,10 +431,14 @@ class PackedReader:
         self._read_from: set[int] = set()
         self._counts: list[int] | None = None
         described: SetInfo | None = None
-        if isinstance(path, (str, Path)) and Path(path).is_dir():
-            self.shards, self._counts, described = _read_index(Path(path))
-        else:
-            self.shards = [Path(path)] if isinstance(path, (str, Path)) else [Path(one) for one in path]
+        places = [path] if isinstance(path, (str, Path)) else [*path]
+        for place in places:
+            if is_remote(str(place)):
+                fact = f"{place} is not on this machine, where rows are read from mapped files"
+                raise PackedSetError(f"{fact}: copy the folder here, and name the copy")
+        self.shards = [Path(place) for place in places]
+        if isinstance(path, (str, Path)) and self.shards[0].is_dir():
+            self.shards, self._counts, described = _read_index(self.shards[0])
         if not self.shards:
             raise PackedSetError("no shard was named: give the folder of a packed set")
         first = Shard(self.shards[0])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compand.coding.ans import FIRST_STATE, AnsReader, AnsWriter, stack_of
-from compand.coding.ans_compiled import LOOK_UP_BITS, model_of, opened, pop_run, used_up
+from compand.coding.ans_compiled import LOOK_UP_BITS, compiled, model_of, opened, pop_run, used_up
 from compand.coding.tables import TableSet
 from compand.errors import BitstreamError
 
@@ -88,6 +90,12 @@ def test_every_quantile_finds_its_symbol():
         owner = ends.searchsorted(quantiles, side="right")
         assert (model.look[table][bucket] <= owner).all()
         assert (owner <= model.look[table][bucket + 1]).all()
+
+
+def test_without_a_folder_for_machine_code_it_is_made_anew():
+    names: dict[str, Any] = {}
+    exec("def double(x):\n    return 2 * x\n", names)  # of no file, so that there is no place beside it
+    assert compiled(names["double"])(21) == 42
 
 
 def test_an_empty_stream_is_at_its_end():
